@@ -1,0 +1,71 @@
+"""Kernels: each named op has a readable reference, fast versions and a cost.
+
+Modules never pick an implementation. They call the ops of a :class:`Backend`, resolved once by :func:`resolve`; a
+backend that is asked for by name and cannot run here is an error, only ``auto`` may choose.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from simba_lab.errors import InputError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of every op; signatures and meaning are those of :mod:`simba_lab.kernels.reference`."""
+
+    name: str
+    selective_scan: Callable
+    causal_conv: Callable
+    global_impact: Callable
+
+
+def _reference_reason(device: str) -> str | None:
+    return None
+
+
+def _numba_reason(device: str) -> str | None:
+    if device not in ("cpu", "meta"):
+        return f"compiles for CPUs, not for {device}"
+    if importlib.util.find_spec("numba") is None:
+        return "the package numba is not installed"
+    return None
+
+
+# Name -> (module with the ops, why it cannot run on a device or None). Fastest first: ``auto`` takes the first usable.
+_BACKENDS: dict[str, tuple[str, Callable[[str], str | None]]] = {
+    "numba": ("simba_lab.kernels.cpu", _numba_reason),
+    "reference": ("simba_lab.kernels.reference", _reference_reason),
+}
+
+
+def backend_names() -> list[str]:
+    return ["auto", *_BACKENDS]
+
+
+def available_backends(device: str | None = None) -> dict[str, str | None]:
+    """Backend name -> None if it runs on ``device`` (default: CUDA if there is one, else CPU), else the reason."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {name: reason(device) for name, (_, reason) in _BACKENDS.items()}
+
+
+def resolve(name: str, device: str) -> Backend:
+    """The backend ``name`` for a device type (``cpu``, ``cuda``, ``meta``).
+
+    Raises InputError for an unknown name or a named backend that cannot run there.
+    """
+    if name not in backend_names():
+        raise InputError(f"backend: {name!r} is unknown; use one of {', '.join(backend_names())}")
+    reasons = available_backends(device)
+    if name == "auto":
+        name = next(known for known, reason in reasons.items() if reason is None)
+    if reasons[name] is not None:
+        raise InputError(f"backend: {name!r} cannot run on {device}: {reasons[name]}")
+    module = importlib.import_module(_BACKENDS[name][0])
+    return Backend(name, module.selective_scan, module.causal_conv, module.global_impact)

@@ -1,0 +1,218 @@
+"""The CPU backend: torch tensors in, Numba kernels, torch tensors out, as custom ops that autograd and tracers see.
+
+The ops are named ``simba_lab::*``; their fake implementations make them run on the ``meta`` device, where the FLOPs
+counter traces them whatever backend will execute the model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_COMPUTE = {torch.float32: torch.float32, torch.float64: torch.float64}
+
+
+def _computable(t: Tensor) -> Tensor:
+    """fp32 for half precision; fp32 and fp64 stay."""
+    return t.to(_COMPUTE.get(t.dtype, torch.float32))
+
+
+def _strided(t: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Flat view over the memory of (B, L, D) with contiguous channels, and its strides (batch, token)."""
+    if t.stride(2) != 1 or t.numel() == 0:
+        t = t.contiguous()
+    span = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
+    return t.as_strided((span,), (1,)), (t.stride(0), t.stride(1))
+
+
+def _flat(*tensors: Tensor):  # noqa: ANN202 - (list of arrays, int64 array of strides)
+    import numpy as np
+
+    views = [_strided(t.detach()) for t in tensors]
+    return [flat.numpy() for flat, _ in views], np.array([strides for _, strides in views], np.int64)
+
+
+def _array(t: Tensor):  # noqa: ANN202 - numpy array sharing the memory of a contiguous copy
+    return t.detach().contiguous().numpy()
+
+
+def _use_torch_threads() -> None:
+    """Numba follows ``torch.set_num_threads``, so that one setting rules the process."""
+    import numba
+
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+@torch.library.custom_op("simba_lab::selective_scan", mutates_args=(), device_types="cpu")
+def _scan(
+    x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, initial: Tensor,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from simba_lab.kernels import cpu_scan
+
+    _use_torch_threads()
+    batch, length, channels = x.shape
+    chunks = -(-length // cpu_scan.CHUNK) if keep_states else 0
+    out, final = x.new_empty(batch, length, channels), torch.empty_like(initial)
+    starts = x.new_empty(batch, chunks, -(-channels // cpu_scan.WIDTH), A.shape[1], cpu_scan.WIDTH)
+    (x_, dt_, B_, C_, z_), strides = _flat(x, dt, B, C, z)
+    cpu_scan.forward(
+        x_, dt_, _array(dt_bias), _array(A), B_, C_, _array(D), z_, strides, _array(initial),
+        out.numpy(), final.numpy(), starts.numpy(),
+    )  # fmt: skip
+    return out, final, starts
+
+
+@_scan.register_fake
+def _(x, dt, dt_bias, A, B, C, D, z, initial, keep_states):  # noqa: ANN001, ANN202
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(initial), x.new_empty(0)
+
+
+@torch.library.custom_op("simba_lab::selective_scan_backward", mutates_args=(), device_types="cpu")
+def _scan_backward(
+    x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, starts: Tensor,
+    dout: Tensor, dfinal: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from simba_lab.kernels import cpu_scan
+
+    _use_torch_threads()
+    batch, length, channels = x.shape
+    states, blocks = A.shape[1], starts.shape[2]
+    dx, ddt, dz = (x.new_empty(batch, length, channels) for _ in range(3))
+    dA, dinitial = x.new_empty(2, batch, channels, states).unbind()
+    dB, dC = x.new_empty(2, batch, blocks, length, states).unbind()
+    dD = x.new_empty(batch, channels)
+    (x_, dt_, B_, C_, z_), strides = _flat(x, dt, B, C, z)
+    cpu_scan.backward(
+        x_, dt_, _array(dt_bias), _array(A), B_, C_, _array(D), z_, strides, _array(starts),
+        _array(dout), _array(dfinal), dx.numpy(), ddt.numpy(), dA.numpy(), dB.numpy(), dC.numpy(), dD.numpy(),
+        dz.numpy(), dinitial.numpy(),
+    )  # fmt: skip
+    return dx, ddt, ddt.sum((0, 1)), dA.sum(0), dB.sum(1), dC.sum(1), dD.sum(0), dz, dinitial
+
+
+def _scan_context(ctx, inputs, output) -> None:  # noqa: ANN001
+    *tensors, _, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(True)
+
+
+def _scan_gradients(ctx, dout, dfinal, _):  # noqa: ANN001, ANN202
+    return *_scan_backward(*ctx.saved_tensors, dout, dfinal), None
+
+
+_scan.register_autograd(_scan_gradients, setup_context=_scan_context)
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
+    initial: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See :func:`simba_lab.kernels.reference.selective_scan`."""
+    dtype = x.dtype
+    x, dt, dt_bias, A, B, C, D, z = map(_computable, (x, dt, dt_bias, A, B, C, D, z))
+    if initial is None:
+        initial = x.new_zeros(x.shape[0], x.shape[2], A.shape[1])
+    inputs = (x, dt, dt_bias, A, B, C, D, z, initial.to(x.dtype))
+    keep_states = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    out, final, _ = _scan(*inputs, keep_states)
+    return out.to(dtype), final
+
+
+@torch.library.custom_op("simba_lab::causal_conv", mutates_args=(), device_types="cpu")
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor) -> Tensor:
+    from simba_lab.kernels import cpu_conv
+
+    _use_torch_threads()
+    out = x.new_empty(x.shape)
+    (x_,), strides = _flat(x)
+    cpu_conv.forward(x_, strides[0], _array(weight.t()), _array(bias), _array(initial), out.numpy())
+    return out
+
+
+@_conv.register_fake
+def _(x, weight, bias, initial):  # noqa: ANN001, ANN202
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("simba_lab::causal_conv_backward", mutates_args=(), device_types="cpu")
+def _conv_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from simba_lab.kernels import cpu_conv
+
+    _use_torch_threads()
+    batch, length, channels = x.shape
+    jobs = batch * -(-length // cpu_conv.STRETCH)
+    dinner, dx = x.new_empty(2, batch, length, channels).unbind()
+    dweight, dbias = x.new_empty(jobs, weight.shape[1], channels), x.new_empty(jobs, channels)
+    dinitial = x.new_empty(initial.shape)
+    (x_,), strides = _flat(x)
+    taps = _array(weight.t())
+    cpu_conv.backward(
+        x_, strides[0], taps, _array(bias), _array(initial), _array(dout), dinner.numpy(), dweight.numpy(),
+        dbias.numpy(),
+    )  # fmt: skip
+    cpu_conv.spread(dinner.numpy(), taps, dx.numpy(), dinitial.numpy())
+    return dx, dweight.sum(0).t().contiguous(), dbias.sum(0), dinitial
+
+
+def _conv_context(ctx, inputs, output) -> None:  # noqa: ANN001
+    ctx.save_for_backward(*inputs)
+
+
+def _conv_gradients(ctx, dout):  # noqa: ANN001, ANN202
+    return _conv_backward(*ctx.saved_tensors, dout)
+
+
+_conv.register_autograd(_conv_gradients, setup_context=_conv_context)
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`simba_lab.kernels.reference.causal_conv`."""
+    dtype, before = x.dtype, weight.shape[1] - 1
+    if initial is None:
+        initial = x.new_zeros(x.shape[0], before, x.shape[2])
+    last = torch.cat([initial.to(dtype), x[:, max(0, x.shape[1] - before) :]], dim=1)
+    out = _conv(*map(_computable, (x, weight, bias, initial)))
+    return out.to(dtype), last[:, last.shape[1] - before :]
+
+
+@torch.library.custom_op("simba_lab::global_impact", mutates_args=(), device_types="cpu")
+def _impact(
+    x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C_boundary: Tensor, gate: Tensor, reduce: str,
+    gated: bool,
+) -> Tensor:  # fmt: skip
+    import math
+
+    import numpy as np
+
+    from simba_lab.kernels import cpu_impact
+
+    _use_torch_threads()
+    batch, length, channels = x.shape
+    partial = x.new_empty(batch, -(-channels // cpu_impact.WIDTH), length)
+    (x_, dt_, B_), strides = _flat(x, dt, B)
+    array = partial.numpy()
+    vanished = array.dtype.type(math.log(np.finfo(array.dtype).tiny))
+    code = {"max": cpu_impact.MAX, "absmax": cpu_impact.ABSMAX, "l2": cpu_impact.L2}[reduce]
+    cpu_impact.scores(
+        x_, dt_, _array(dt_bias), _array(A), B_, _array(C_boundary), _array(gate), strides, code, vanished, array
+    )
+    return partial.sum(1).sqrt() if reduce == "l2" else partial.amax(1)
+
+
+@_impact.register_fake
+def _(x, dt, dt_bias, A, B, C_boundary, gate, reduce, gated):  # noqa: ANN001, ANN202
+    return x.new_empty(x.shape[:2])
+
+
+def global_impact(
+    x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C_boundary: Tensor, gate: Tensor | None = None,
+    reduce: str = "max",
+) -> Tensor:  # fmt: skip
+    """See :func:`simba_lab.kernels.reference.global_impact`; scores carry no gradient."""
+    weight = x.new_ones(x.shape[0], x.shape[2]) if gate is None else gate
+    with torch.no_grad():
+        tensors = map(_computable, (x, dt, dt_bias, A, B, C_boundary, weight))
+        return _impact(*tensors, reduce, gate is not None)

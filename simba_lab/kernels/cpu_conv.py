@@ -1,0 +1,99 @@
+"""Depthwise causal convolution with SiLU for CPUs, forward and backward, compiled by Numba.
+
+A job is one sequence times one stretch of tokens; inner loops run over channels. The input comes as a flat view with
+its strides (batch, token); ``weight`` is passed transposed, (W, D), so that channels are contiguous.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from simba_lab.kernels.cpu_math import FAST, sigmoid
+
+STRETCH = 64
+
+_compile = numba.njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
+_inner = numba.njit(fastmath=FAST, error_model="numpy")
+
+
+@_inner
+def _preactivation(x, strides, weight, bias, initial, i, t, total):
+    """``total`` (D,) = bias + sum over taps, for token t of sequence i."""
+    width, channels = weight.shape
+    for d in range(channels):
+        total[d] = bias[d]
+    for tap in range(width):
+        source = t + tap - (width - 1)
+        if source >= 0:
+            at = i * strides[0] + source * strides[1]
+            for d in range(channels):
+                total[d] += weight[tap, d] * x[at + d]
+        else:
+            for d in range(channels):
+                total[d] += weight[tap, d] * initial[i, source + width - 1, d]
+
+
+@_compile
+def forward(x, strides, weight, bias, initial, out):
+    """``out`` (B, L, D) = silu(conv(x)); initial (B, W-1, D) are the inputs before token 0."""
+    batch, length, channels = out.shape
+    stretches = (length + STRETCH - 1) // STRETCH
+    one = out.dtype.type(1)
+    for job in numba.prange(batch * stretches):
+        i, first = job // stretches, (job % stretches) * STRETCH
+        total = np.empty(channels, out.dtype)
+        for t in range(first, min(first + STRETCH, length)):
+            _preactivation(x, strides, weight, bias, initial, i, t, total)
+            for d in range(channels):
+                out[i, t, d] = total[d] * sigmoid(total[d], one)
+
+
+@_compile
+def backward(x, strides, weight, bias, initial, dout, dinner, dweight, dbias):
+    """Gradient ``dinner`` (B, L, D) before SiLU, and per job those of weight (jobs, W, D) and bias (jobs, D)."""
+    batch, length, channels = dout.shape
+    width = weight.shape[0]
+    stretches = (length + STRETCH - 1) // STRETCH
+    one = dout.dtype.type(1)
+    for job in numba.prange(batch * stretches):
+        i, first = job // stretches, (job % stretches) * STRETCH
+        total = np.empty(channels, dout.dtype)
+        dweight[job] = 0
+        dbias[job] = 0
+        for t in range(first, min(first + STRETCH, length)):
+            _preactivation(x, strides, weight, bias, initial, i, t, total)
+            for d in range(channels):
+                opened = sigmoid(total[d], one)
+                slope = opened * (one + total[d] * (one - opened))
+                total[d] = dout[i, t, d] * slope
+                dinner[i, t, d] = total[d]
+                dbias[job, d] += total[d]
+            for tap in range(width):
+                source = t + tap - (width - 1)
+                at = i * strides[0] + source * strides[1]
+                for d in range(channels):
+                    before = x[at + d] if source >= 0 else initial[i, source + width - 1, d]
+                    dweight[job, tap, d] += total[d] * before
+
+
+@_compile
+def spread(dinner, weight, dx, dinitial):
+    """Gradients of x (B, L, D) and of the initial inputs (B, W-1, D) from the one before SiLU."""
+    batch, length, channels = dinner.shape
+    width = weight.shape[0]
+    stretches = (length + width - 1 + STRETCH - 1) // STRETCH
+    for job in numba.prange(batch * stretches):
+        i, first = job // stretches, (job % stretches) * STRETCH - (width - 1)
+        total = np.empty(channels, dinner.dtype)
+        for source in range(first, min(first + STRETCH, length)):
+            total[:] = 0
+            for tap in range(width):
+                t = source + (width - 1) - tap
+                if t >= 0 and t < length:
+                    for d in range(channels):
+                        total[d] += weight[tap, d] * dinner[i, t, d]
+            if source >= 0:
+                dx[i, source] = total
+            else:
+                dinitial[i, source + width - 1] = total

@@ -1,0 +1,99 @@
+"""Elementary functions that LLVM can vectorise inside the CPU kernels.
+
+``math.exp`` on a float32 is a scalar library call; the polynomials here inline into the loops over channels, which is
+what makes the scan fast. Relative error below 5e-7 in fp32; fp64 arguments take the library functions, so that
+gradient checks in fp64 see no approximation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+
+# No nnan or ninf: a NaN that enters the kernels must come out of them.
+FAST = {"contract", "nsz", "arcp", "reassoc"}
+
+f32 = np.float32
+LOG2E = f32(1.4426950408889634)
+# ln 2 in two parts, so that x - k ln 2 keeps its low bits (Cody and Waite).
+LN2_HIGH, LN2_LOW = f32(0.693359375), f32(-2.12194440e-4)
+# Beyond these exp leaves fp32's normal range; decays below it count as 0 in any sum of the scan.
+EXP_LOW, EXP_HIGH = f32(-87.0), f32(88.0)
+
+
+@intrinsic
+def _float_of_bits(typing_context, bits):  # noqa: ANN001, ANN202 - numba's own calling convention
+    def build(context, builder, signature, arguments):  # noqa: ANN001, ANN202
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), build
+
+
+@numba.njit(fastmath=FAST - {"reassoc"})  # reordering would undo the two-part ln 2
+def _exp32(x):
+    x = x if x > EXP_LOW else EXP_LOW  # not min and max, whose care for NaN would stop vectorisation
+    x = x if x < EXP_HIGH else EXP_HIGH
+    k = np.floor(x * LOG2E + f32(0.5))
+    r = x - k * LN2_HIGH - k * LN2_LOW
+    p = f32(1.3888889e-3)
+    p = p * r + f32(8.3333333e-3)
+    p = p * r + f32(4.1666667e-2)
+    p = p * r + f32(1.6666667e-1)
+    p = p * r + f32(0.5)
+    p = p * r + f32(1.0)
+    p = p * r + f32(1.0)
+    return p * _float_of_bits(np.int32((np.int32(k) + np.int32(127)) << np.int32(23)))
+
+
+@numba.njit(fastmath=FAST)
+def _log1p32(u):
+    """log(1 + u) for u in [0, 1]: 2 artanh(u / (2 + u)), whose series in s <= 1/3 converges fast."""
+    s = u / (f32(2.0) + u)
+    q = s * s
+    p = f32(1.0 / 15)
+    p = p * q + f32(1.0 / 13)
+    p = p * q + f32(1.0 / 11)
+    p = p * q + f32(1.0 / 9)
+    p = p * q + f32(1.0 / 7)
+    p = p * q + f32(1.0 / 5)
+    p = p * q + f32(1.0 / 3)
+    p = p * q + f32(1.0)
+    return f32(2.0) * s * p
+
+
+def exp(x):  # noqa: ANN001, ANN201 - compiled per dtype by the overload below
+    raise TypeError("only callable from compiled code")
+
+
+def log1p(u):  # noqa: ANN001, ANN201 - compiled per dtype by the overload below
+    raise TypeError("only callable from compiled code")
+
+
+@overload(exp)
+def _exp(x):  # noqa: ANN001, ANN202
+    if x == types.float32:
+        return lambda x: _exp32(x)
+    return lambda x: math.exp(x)
+
+
+@overload(log1p)
+def _log1p(u):  # noqa: ANN001, ANN202
+    if u == types.float32:
+        return lambda u: _log1p32(u)
+    return lambda u: math.log1p(u)
+
+
+@numba.njit(fastmath=FAST)
+def softplus(x, one):
+    """log(1 + exp(x)) without overflow; ``one`` is 1 in the dtype of x, which keeps fp32 from widening."""
+    return (x if x > 0 else one - one) + log1p(exp(-abs(x)))
+
+
+@numba.njit(fastmath=FAST)
+def sigmoid(x, one):
+    return one / (one + exp(-x))

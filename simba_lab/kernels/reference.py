@@ -1,0 +1,140 @@
+"""Readable oracles of every kernel: plain torch, one token at a time, differentiable, any dtype.
+
+Symbols (Mamba, Gu & Dao 2023, section 3; Simba for the score). Activations run (batch, length, channel).
+
+==========  ==================  ===========================================================
+``x``       (B, L, D)           input of the scan, one value per channel
+``dt``      (B, L, D)           step size before bias and softplus
+``delta``   (B, L, D)           step size: softplus(dt + dt_bias), positive
+``A``       (D, N)              state matrix, negative
+``B``, ``C``  (B, L, N)         input and output vectors of the state
+``D``       (D,)                skip connection
+``z``       (B, L, D)           gate: the output is multiplied by silu(z)
+``h``       (B, D, N)           state: h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t
+==========  ==================  ===========================================================
+
+The recurrences accumulate in fp32 for fp16 and bf16 input and in the input's own dtype otherwise. The fast
+backends are tested against this file, outputs and all gradients; it is not meant to be fast.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution followed by SiLU (Mamba section 3.4).
+
+    ``x`` (B, L, D), ``weight`` (D, W), ``bias`` (D,), ``initial`` (B, W-1, D): the inputs before position 0 (zeros
+    if None). Returns the output (B, L, D) and the last W-1 inputs (B, W-1, D), from which a later call continues.
+    """
+    batch, length, channels = x.shape
+    width = weight.shape[1]
+    if initial is None:
+        initial = x.new_zeros(batch, width - 1, channels)
+    padded = torch.cat([initial.to(x.dtype), x], dim=1)
+    wide = padded.to(_accumulator(x))
+    taps = weight.to(wide.dtype)
+    total = bias.to(wide.dtype).expand(batch, length, channels)
+    for tap in range(width):
+        total = total + wide[:, tap : tap + length] * taps[:, tap]
+    return F.silu(total).to(x.dtype), padded[:, length:]
+
+
+def step_size(dt: Tensor, dt_bias: Tensor) -> Tensor:
+    """``delta = softplus(dt + dt_bias)`` in the accumulation dtype, shape of ``dt`` (Mamba section 3.6)."""
+    wide = _accumulator(dt)
+    return F.softplus(dt.to(wide) + dt_bias.to(wide))
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    initial: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Selective scan of Mamba-1 (design page, section 3), shapes as in the table above.
+
+    ``initial`` (B, D, N) is the state before position 0 (zeros if None). Returns the gated output (B, L, D) in the
+    dtype of ``x`` and the final state (B, D, N) in the accumulation dtype.
+    """
+    batch, length, channels = x.shape
+    wide = _accumulator(x)
+    x_, A_, B_, C_ = (t.to(wide) for t in (x, A, B, C))
+    delta_ = step_size(dt, dt_bias)
+    state = x_.new_zeros(batch, channels, A.shape[1]) if initial is None else initial.to(wide)
+    outputs = []
+    for t in range(length):
+        decay = torch.exp(delta_[:, t, :, None] * A_)
+        state = decay * state + (delta_[:, t] * x_[:, t])[:, :, None] * B_[:, t, None, :]
+        outputs.append((state * C_[:, t, None, :]).sum(-1))
+    y = (torch.stack(outputs, dim=1) + D.to(wide) * x_) * F.silu(z.to(wide))
+    return y.to(x.dtype), state
+
+
+def global_impact(
+    x: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C_boundary: Tensor,
+    gate: Tensor | None = None,
+    reduce: str = "max",
+) -> Tensor:
+    """Impact of every token on the boundary's output (Simba; design page, section 3).
+
+    The boundary is the last token given. ``C_boundary`` (B, N) is its output vector, ``gate`` (B, D) a weight per
+    channel (silu of the boundary's z) or None. ``reduce`` over channels: ``max``, ``absmax`` or ``l2``.
+    Returns scores (B, L) in the accumulation dtype.
+    """
+    impact = impact_per_channel(x, step_size(dt, dt_bias), A, B, C_boundary)
+    if gate is not None:
+        impact = impact * gate.to(impact.dtype)[:, None, :]
+    if reduce == "max":
+        return impact.amax(-1)
+    if reduce == "absmax":
+        return impact.abs().amax(-1)
+    if reduce == "l2":
+        return impact.square().sum(-1).sqrt()
+    raise ValueError(f"reduce must be max, absmax or l2, not {reduce!r}")
+
+
+def impact_per_channel(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C_boundary: Tensor) -> Tensor:
+    """``dy_b(t)[d] = sum_n C_b[n] exp(A[d,n] sum_{k=t+1..b} delta_k[d]) delta_t[d] B_t[n] x_t[d]`` as (B, L, D).
+
+    Its sum over t, plus ``D x_b``, is the ungated output of the scan at the boundary. Holds (B, L, D, N) at once.
+    """
+    wide = _accumulator(x)
+    x_, delta_, A_, B_, C_ = (t.to(wide) for t in (x, delta, A, B, C_boundary))
+    later = delta_.flip(1).cumsum(1).flip(1) - delta_  # sum of the steps after t, t's own left out
+    decay = torch.exp(later[..., None] * A_)
+    weights = (decay * (B_ * C_[:, None, :])[:, :, None, :]).sum(-1)
+    return weights * delta_ * x_
+
+
+def gather_tokens(stream: Tensor, index: Tensor) -> Tensor:
+    """Tokens ``index`` (B, k) of ``stream`` (B, L, D), as (B, k, D)."""
+    return stream.gather(1, index[:, :, None].expand(-1, -1, stream.shape[2]))
+
+
+def add_rms_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Residual add and RMS norm: ``r = residual + hidden`` (fp32 at least), ``normed = r / rms(r) * weight``.
+
+    Returns ``normed`` in the dtype of ``weight`` and the new residual stream ``r``, both (B, L, D).
+    """
+    wide = _accumulator(hidden)
+    residual = hidden.to(wide) if residual is None else residual + hidden.to(wide)
+    inverse_rms = torch.rsqrt(residual.square().mean(-1, keepdim=True) + eps)
+    return (residual * inverse_rms * weight.to(wide)).to(weight.dtype), residual

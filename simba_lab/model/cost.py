@@ -1,0 +1,76 @@
+"""The closed form: FLOPs of a model by op and layer, from its shape and keep counts alone (design page, section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from simba_lab.errors import InputError
+from simba_lab.kernels import cost
+from simba_lab.model.config import ModelConfig
+from simba_lab.pruning import PruningPlan, ScoredShape
+
+OUTSIDE = -1
+"""Layer number of what belongs to no layer: the head."""
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """FLOPs by (layer, op); layer -1 is the head. Backward passes, where counted, are in the same entries."""
+
+    entries: dict[tuple[int, str], int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.entries.values())
+
+    def by_op(self) -> dict[str, int]:
+        table: dict[str, int] = {}
+        for (_, op), flops in self.entries.items():
+            table[op] = table.get(op, 0) + flops
+        return table
+
+    def by_layer(self) -> dict[int, int]:
+        table: dict[int, int] = {}
+        for (layer, _), flops in self.entries.items():
+            table[layer] = table.get(layer, 0) + flops
+        return table
+
+    def training(self) -> Breakdown:
+        """Forward plus backward: three times every op that carries gradients; scoring and selection carry none."""
+        return Breakdown({key: flops * (1 if key[1] in ("score", "select") else 3) for key, flops in self.entries.items()})
+
+
+def layer_flops(config: ModelConfig, tokens: int) -> dict[str, int]:
+    """FLOPs by op of one Mamba-1 layer on ``tokens`` tokens."""
+    inner, states, rank = config.d_inner, config.d_state, config.rank
+    return {
+        "in_proj": cost.linear(tokens, config.d_model, 2 * inner),
+        "causal_conv": cost.causal_conv(tokens, inner, config.d_conv),
+        "x_proj": cost.linear(tokens, inner, rank + 2 * states),
+        "dt_proj": cost.linear(tokens, rank, inner),
+        "selective_scan": cost.selective_scan(tokens, inner, states),
+        "out_proj": cost.linear(tokens, inner, config.d_model),
+    }
+
+
+def forward_flops(
+    config: ModelConfig, counts: Sequence[int], n_suffix: int, pruning: PruningPlan | None, head: str = "scored"
+) -> Breakdown:
+    """FLOPs of one sequence whose context enters layer l with ``counts[l]`` tokens, followed by ``n_suffix`` more.
+
+    ``head``: logits for boundary and suffix (``scored``) or for all tokens that reach the last layer (``all``).
+    """
+    if head not in ("scored", "all"):
+        raise InputError(f"head must be scored or all, got {head!r}")
+    entries: dict[tuple[int, str], int] = {}
+    for layer, count in enumerate(counts):
+        for op, flops in layer_flops(config, count + n_suffix).items():
+            entries[layer, op] = flops
+        if layer + 1 < len(counts) and counts[layer + 1] < count:
+            shape = ScoredShape(count, config.d_model, config.d_inner, config.d_state)
+            entries[layer, "score"] = pruning.criterion.flops(shape)
+            entries[layer, "select"] = cost.select(count)
+    rows = n_suffix + (1 if head == "scored" else counts[-1])
+    entries[OUTSIDE, "head"] = cost.linear(rows, config.d_model, config.padded_vocab_size)
+    return Breakdown(entries)

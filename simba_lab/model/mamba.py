@@ -1,0 +1,154 @@
+"""One Mamba-1 layer: norm, mixer and the state it carries between calls. Parameter names are state-spaces' own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simba_lab.kernels import Backend
+from simba_lab.kernels.cost import causal_conv, charge, linear, selective_scan
+from simba_lab.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What one layer carries from token to token: conv (B, W-1, D) last inputs, ssm (B, D, N) state."""
+
+    conv: Tensor
+    ssm: Tensor
+
+
+@dataclass(frozen=True)
+class MixerSignals:
+    """What a mixer computed for all tokens it saw; names and shapes as in :class:`simba_lab.pruning.Signals`."""
+
+    x: Tensor
+    dt: Tensor
+    B: Tensor
+    C: Tensor
+    z: Tensor
+
+
+class Projection(nn.Linear):
+    """Linear layer whose product is charged to the open ledger under its own name.
+
+    ``add_bias`` False leaves the bias to whoever consumes the output (the scan adds that of ``dt_proj``).
+    """
+
+    def __init__(self, name: str, layer: int, d_in: int, d_out: int, bias: bool = False, add_bias: bool = True) -> None:
+        super().__init__(d_in, d_out, bias=bias)
+        self.op, self.layer, self.add_bias = name, layer, add_bias
+
+    def reset_parameters(self) -> None:
+        """Weights are set once, by :func:`simba_lab.model.init.initialise`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight, self.bias if self.add_bias else None)
+        charge(self.layer, self.op, linear(x.numel() // self.in_features, self.in_features, self.out_features), out)
+        return out
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight``, computed in fp32 at least."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.weight.to(x.dtype)
+        return F.rms_norm(x, (x.shape[-1],), wide, self.eps).to(self.weight.dtype)
+
+
+class Mixer(nn.Module):
+    """The selective state-space mixer (Mamba, Gu & Dao 2023, figure 3). One form serves prefill, pass and step.
+
+    Input and output (B, L, d_model). With a :class:`LayerState` it continues where that state ended, so that a step is
+    a call with L = 1.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        inner, states, rank = config.d_inner, config.d_state, config.rank
+        self.layer, self.split = layer, (rank, states, states)
+        self.in_proj = Projection("in_proj", layer, config.d_model, 2 * inner)
+        self.conv1d = nn.Module()
+        self.conv1d.weight = nn.Parameter(torch.empty(inner, 1, config.d_conv))
+        self.conv1d.bias = nn.Parameter(torch.empty(inner))
+        self.x_proj = Projection("x_proj", layer, inner, rank + 2 * states)
+        self.dt_proj = Projection("dt_proj", layer, rank, inner, bias=True, add_bias=False)
+        self.A_log = nn.Parameter(torch.empty(inner, states))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.out_proj = Projection("out_proj", layer, inner, config.d_model)
+
+    @property
+    def A(self) -> Tensor:
+        """State matrix (d_inner, d_state), negative, fp32 at least."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+    def forward(
+        self, hidden: Tensor, backend: Backend, state: LayerState | None = None
+    ) -> tuple[Tensor, LayerState, MixerSignals]:
+        tokens = hidden.shape[0] * hidden.shape[1]
+        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        weight = self.conv1d.weight[:, 0]
+        x, conv = backend.causal_conv(x, weight, self.conv1d.bias, state.conv if state else None)
+        charge(self.layer, "causal_conv", causal_conv(tokens, *weight.shape), x)
+        dt, B, C = self.x_proj(x).split(self.split, dim=-1)
+        dt = self.dt_proj(dt)
+        y, ssm = backend.selective_scan(x, dt, self.dt_proj.bias, self.A, B, C, self.D, z, state.ssm if state else None)
+        charge(self.layer, "selective_scan", selective_scan(tokens, *self.A_log.shape), y)
+        return self.out_proj(y), LayerState(conv, ssm), MixerSignals(x, dt, B, C, z)
+
+
+class Block(nn.Module):
+    """Residual add, norm, mixer: (hidden, residual) in, (hidden, residual) out, the residual stream in fp32 at least."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = Mixer(config, layer)
+
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None, backend: Backend, state: LayerState | None = None
+    ) -> tuple[Tensor, Tensor, LayerState, MixerSignals]:
+        residual = add_residual(hidden, residual)
+        hidden, state, signals = self.mixer(self.norm(residual), backend, state)
+        return hidden, residual, state, signals
+
+
+def add_residual(hidden: Tensor, residual: Tensor | None) -> Tensor:
+    """The residual stream after adding ``hidden``; fp32 for half-precision models, so that depth does not erode it."""
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    return wide if residual is None else residual + wide
+
+
+@torch.no_grad()
+def initialise_mixer(mixer: Mixer, config: ModelConfig, generator: torch.Generator) -> None:
+    """Mamba's own initialisation (section 3.6 and appendix): A real S4D, log-uniform steps, scaled output projection."""
+    inner, states = config.d_inner, config.d_state
+    uniform_linear(mixer.in_proj.weight, config.d_model, generator)
+    uniform_linear(mixer.x_proj.weight, inner, generator)
+    uniform_linear(mixer.conv1d.weight, config.d_conv, generator)
+    uniform_linear(mixer.conv1d.bias, config.d_conv, generator)
+    # The output adds to the residual stream n_layer times; its variance is divided by that (GPT-2's rule).
+    uniform_linear(mixer.out_proj.weight, inner, generator)
+    mixer.out_proj.weight.div_(math.sqrt(config.n_layer))
+    bound = config.rank**-0.5
+    mixer.dt_proj.weight.uniform_(-bound, bound, generator=generator)
+    low, high = math.log(config.dt_min), math.log(config.dt_max)
+    steps = torch.exp(low + (high - low) * torch.rand(inner, generator=generator)).clamp(min=config.dt_init_floor)
+    mixer.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
+    mixer.A_log.copy_(torch.log(torch.arange(1, states + 1, dtype=torch.float32)).expand(inner, states))
+    mixer.D.fill_(1.0)
+
+
+def uniform_linear(weight: Tensor, fan_in: int, generator: torch.Generator) -> None:
+    """Uniform in +-1/sqrt(fan_in): what torch gives linear and convolution layers."""
+    bound = fan_in**-0.5
+    weight.uniform_(-bound, bound, generator=generator)

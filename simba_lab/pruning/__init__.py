@@ -1,0 +1,19 @@
+"""Token pruning: criteria score, keep schedules count, selection picks."""
+
+from simba_lab.pruning.criteria import CRITERIA, Criterion, ScoredShape, Signals
+from simba_lab.pruning.plan import PruningPlan
+from simba_lab.pruning.schedules import SCHEDULES, KeepSchedule, build_schedule
+from simba_lab.pruning.select import select_index, select_mask
+
+__all__ = [
+    "CRITERIA",
+    "SCHEDULES",
+    "Criterion",
+    "KeepSchedule",
+    "PruningPlan",
+    "ScoredShape",
+    "Signals",
+    "build_schedule",
+    "select_index",
+    "select_mask",
+]

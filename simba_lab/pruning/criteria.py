@@ -1,0 +1,190 @@
+"""Criteria: signals of a layer -> one score per token, higher is kept. They only score, never decide how many."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simba_lab.errors import InputError
+from simba_lab.kernels import Backend, cost
+from simba_lab.registry import Registry
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a layer computed for the k context tokens present in it; nothing of the suffix is in here.
+
+    Shapes: B sequences, k tokens, D inner channels, N states, M model channels, T original context length.
+    """
+
+    layer: int
+    backend: Backend
+    x: Tensor  # (B, k, D) input of the scan, after convolution and SiLU
+    dt: Tensor  # (B, k, D) step before bias and softplus
+    dt_bias: Tensor  # (D,)
+    A: Tensor  # (D, N), negative
+    B: Tensor  # (B, k, N)
+    C: Tensor  # (B, k, N)
+    z: Tensor  # (B, k, D) gate before SiLU
+    hidden: Tensor  # (B, k, M) residual-stream vectors after this layer
+    positions: Tensor  # (B, k) int64, original positions, ascending
+    sequence_key: Tensor  # (B,) int64, a hash of the context's token ids
+
+    @property
+    def delta(self) -> Tensor:
+        """Step sizes (B, k, D): softplus(dt + dt_bias), fp32 at least."""
+        wide = torch.promote_types(self.dt.dtype, torch.float32)
+        return F.softplus(self.dt.to(wide) + self.dt_bias.to(wide))
+
+
+@dataclass(frozen=True)
+class ScoredShape:
+    """Sizes a criterion's cost may depend on."""
+
+    n_tokens: int
+    d_model: int
+    d_inner: int
+    d_state: int
+
+
+class Criterion(ABC):
+    """Scores the tokens of one layer.
+
+    Subclass it, implement :meth:`score`, and name the class by ``class_path`` wherever a criterion is asked for. Init
+    arguments must be plain data kept under their names. Scores may use any signal; all of them belong to the context,
+    so a criterion cannot see the suffix.
+    """
+
+    op: ClassVar[str | None] = None
+    """Name under which the op is charged; None: measured by counting what :meth:`score` executes."""
+
+    @abstractmethod
+    def score(self, signals: Signals) -> Tensor:
+        """Scores (B, k), floating point, higher is kept; gradients do not flow through them."""
+
+    def flops(self, shape: ScoredShape) -> int:
+        """FLOPs of scoring one sequence. The default runs ``score`` on the meta device and counts its operations."""
+        from simba_lab.pruning.measure import measured_flops
+
+        return measured_flops(self, shape)
+
+
+CRITERIA: Registry[Criterion] = Registry("criterion", Criterion)
+
+
+@CRITERIA.register("global_impact")
+class GlobalImpact(Criterion):
+    """What the token adds to the boundary's output through the recurrence (Simba).
+
+    ``reduce`` over channels: ``max`` (the paper), ``absmax``, ``l2``. ``gated`` weighs channel d by silu(z_b[d]), which
+    is how much of it leaves the layer at the boundary.
+    """
+
+    op = "global_impact"
+
+    def __init__(self, reduce: str = "max", gated: bool = False) -> None:
+        if reduce not in ("max", "absmax", "l2"):
+            raise InputError(f"criterion global_impact: reduce must be max, absmax or l2, got {reduce!r}")
+        self.reduce = reduce
+        self.gated = gated
+
+    def score(self, signals: Signals) -> Tensor:
+        gate = F.silu(signals.z[:, -1]) if self.gated else None
+        return signals.backend.global_impact(
+            signals.x, signals.dt, signals.dt_bias, signals.A, signals.B, signals.C[:, -1], gate, self.reduce
+        )
+
+    def flops(self, shape: ScoredShape) -> int:
+        return cost.global_impact(shape.n_tokens, shape.d_inner, shape.d_state, self.gated, self.reduce)
+
+
+@CRITERIA.register("local_delta")
+class LocalDelta(Criterion):
+    """L2 norm of the token's step sizes over channels (DeciMamba)."""
+
+    op = "vector_norm"
+
+    def score(self, signals: Signals) -> Tensor:
+        return torch.linalg.vector_norm(signals.delta, dim=-1)
+
+    def flops(self, shape: ScoredShape) -> int:
+        return cost.vector_norm(shape.n_tokens, shape.d_inner)
+
+
+@CRITERIA.register("norm")
+class Norm(Criterion):
+    """L2 norm of the token's residual-stream vector: attention-free, needs no recurrence."""
+
+    op = "vector_norm"
+
+    def score(self, signals: Signals) -> Tensor:
+        wide = torch.promote_types(signals.hidden.dtype, torch.float32)
+        return torch.linalg.vector_norm(signals.hidden, dim=-1, dtype=wide)
+
+    def flops(self, shape: ScoredShape) -> int:
+        return cost.vector_norm(shape.n_tokens, shape.d_model)
+
+
+@CRITERIA.register("random")
+class Random(Criterion):
+    """Uniform in [0, 1), keyed by (seed, layer, sequence, position): the same in any batch and on any device."""
+
+    op = "none"
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def score(self, signals: Signals) -> Tensor:
+        key = mix(signals.sequence_key + mix_int(self.seed * 65_537 + signals.layer))
+        bits = mix(key[:, None] + mix(signals.positions + 1))
+        return ((bits >> 24) & 0xFF_FFFF).to(torch.float32) / 0x100_0000
+
+    def flops(self, shape: ScoredShape) -> int:
+        return 0
+
+
+@CRITERIA.register("recency")
+class Recency(Criterion):
+    """The position: keeps the newest tokens. The control that any claim about a criterion must beat."""
+
+    op = "none"
+
+    def score(self, signals: Signals) -> Tensor:
+        return signals.positions.to(torch.float32)
+
+    def flops(self, shape: ScoredShape) -> int:
+        return 0
+
+
+def _signed(value: int) -> int:
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+_MIX = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
+
+
+def mix(value: Tensor) -> Tensor:
+    """A bijection of int64 that scatters bits (the finaliser of SplitMix64, Steele et al. 2014); wraps around."""
+    value = (value ^ _shift(value, 30)) * _MIX[0]
+    value = (value ^ _shift(value, 27)) * _MIX[1]
+    return value ^ _shift(value, 31)
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    """Logical right shift of a signed integer."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix_int(value: int) -> int:
+    return int(mix(torch.tensor(_signed(value))))
+
+
+def sequence_key(tokens: Tensor) -> Tensor:
+    """Hash (B,) of token ids (B, T): depends on every token and its place, not on the batch."""
+    place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) << 32
+    return mix(mix(tokens + place).sum(1))

@@ -1,0 +1,95 @@
+"""The FLOPs of a criterion that states none: its ``score`` runs on the meta device and what it executes is counted."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from simba_lab.errors import InputError
+
+if TYPE_CHECKING:
+    from simba_lab.pruning.criteria import Criterion, ScoredShape
+
+# Ops that move or create data but compute nothing.
+_FREE = frozenset(
+    "view reshape _unsafe_view expand permute transpose t slice select unsqueeze squeeze split cat stack clone detach "
+    "alias as_strided arange full full_like zeros zeros_like ones ones_like empty empty_like new_zeros new_ones "
+    "new_empty _to_copy to copy_ lift_fresh gather index index_select flip unbind contiguous scalar_tensor".split()
+)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts FLOPs of what runs inside: 2 per multiply-add of a matrix product, else 1 per element read or written.
+
+    An elementwise op costs its output's elements, a reduction its input's: the larger of the two. Moving data is free.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        packet = func.overloadpacket
+        if packet in flop_registry:
+            self.flops += int(flop_registry[packet](*args, **kwargs, out_val=output))
+        elif packet.__name__ not in _FREE:
+            touched = _tensors(list(args)) + _tensors(output)
+            self.flops += max((t.numel() for t in touched), default=0)
+        return output
+
+
+def measured_flops(criterion: Criterion, shape: ScoredShape) -> int:
+    """FLOPs of ``criterion.score`` for one sequence of the given shape.
+
+    Raises InputError if it cannot run on the meta device, that is if its cost depends on the data.
+    """
+    from simba_lab.pruning.criteria import CRITERIA
+
+    name = CRITERIA.name_of(criterion)
+    with torch.device("meta"), torch.no_grad():
+        signals = meta_signals(shape)
+        try:
+            with OperationCounter() as counter:
+                scores = criterion.score(signals)
+        except (NotImplementedError, RuntimeError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise InputError(f"criterion {name}: its cost cannot be counted without data: {first_line}") from None
+    if not isinstance(scores, Tensor) or scores.shape != (1, shape.n_tokens):
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise InputError(f"criterion {name}: score must return (batch, tokens) = (1, {shape.n_tokens}), got {got}")
+    return counter.flops
+
+
+def meta_signals(shape: ScoredShape):  # noqa: ANN201 - Signals, imported late to keep the modules acyclic
+    """Signals of one sequence without data."""
+    from simba_lab.kernels import resolve
+    from simba_lab.pruning.criteria import Signals
+
+    k, channels, states = shape.n_tokens, shape.d_inner, shape.d_state
+    return Signals(
+        layer=0,
+        backend=resolve("auto", "meta"),
+        x=torch.empty(1, k, channels),
+        dt=torch.empty(1, k, channels),
+        dt_bias=torch.empty(channels),
+        A=torch.empty(channels, states),
+        B=torch.empty(1, k, states),
+        C=torch.empty(1, k, states),
+        z=torch.empty(1, k, channels),
+        hidden=torch.empty(1, k, shape.d_model),
+        positions=torch.empty(1, k, dtype=torch.int64),
+        sequence_key=torch.empty(1, dtype=torch.int64),
+    )

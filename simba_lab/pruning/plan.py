@@ -1,0 +1,69 @@
+"""One arm's way of pruning: a criterion, a keep schedule and the share of recent tokens it protects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from simba_lab.errors import InputError
+from simba_lab.pruning.criteria import CRITERIA, Criterion
+from simba_lab.pruning.schedules import SCHEDULES, KeepSchedule, build_schedule
+from simba_lab.registry import Spec
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Criterion + keep schedule (+ ``protect_recent``, the share of the kept set that is its newest tokens)."""
+
+    criterion: Criterion
+    schedule: KeepSchedule
+    protect_recent: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.protect_recent <= 1:
+            raise InputError(f"protect_recent must lie in [0, 1], got {self.protect_recent}")
+
+    @classmethod
+    def build(
+        cls,
+        n_layers: int,
+        criterion: Spec | Criterion,
+        schedule: Spec | KeepSchedule,
+        mean_keep: float | None = None,
+        protect_recent: float = 0.0,
+        **schedule_arguments: Any,
+    ) -> PruningPlan:
+        """Plan from specs; ``mean_keep`` solves the schedule's free parameter, other arguments go to the schedule."""
+        built = build_schedule(schedule, **schedule_arguments)
+        if mean_keep is not None:
+            if schedule_arguments.get(built.knob) is not None:
+                raise InputError(f"give mean_keep or {built.knob}, not both")
+            built = built.with_mean_keep(mean_keep, n_layers)
+        return cls(CRITERIA.build(criterion), built, protect_recent)
+
+    def spec(self) -> dict[str, Any]:
+        """Plain data from which :meth:`from_spec` rebuilds the plan."""
+        return {
+            "criterion": CRITERIA.spec(self.criterion),
+            "schedule": SCHEDULES.spec(self.schedule),
+            "protect_recent": self.protect_recent,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> PruningPlan:
+        unknown = set(spec) - {"criterion", "schedule", "protect_recent"}
+        if unknown or not {"criterion", "schedule"} <= set(spec):
+            raise InputError(
+                f"pruning: expected criterion, schedule and perhaps protect_recent, got {', '.join(spec) or 'nothing'}"
+            )
+        return cls(
+            CRITERIA.build(spec["criterion"]), build_schedule(spec["schedule"]), spec.get("protect_recent", 0.0)
+        )
+
+    @property
+    def name(self) -> str:
+        """``schedule:criterion``, class names for a user's own."""
+        return ":".join(
+            full.rpartition(".")[2] for full in (SCHEDULES.name_of(self.schedule), CRITERIA.name_of(self.criterion))
+        )
