@@ -55,13 +55,18 @@ def available_backends(device: str | None = None) -> dict[str, str | None]:
     return {name: reason(device) for name, (_, reason) in _BACKENDS.items()}
 
 
+def check_name(name: str) -> None:
+    """Raises InputError for a backend nobody knows; whether a known one can run is decided per device."""
+    if name not in backend_names():
+        raise InputError(f"backend: {name!r} is unknown; use one of {', '.join(backend_names())}")
+
+
 def resolve(name: str, device: str) -> Backend:
     """The backend ``name`` for a device type (``cpu``, ``cuda``, ``meta``).
 
     Raises InputError for an unknown name or a named backend that cannot run there.
     """
-    if name not in backend_names():
-        raise InputError(f"backend: {name!r} is unknown; use one of {', '.join(backend_names())}")
+    check_name(name)
     reasons = available_backends(device)
     if name == "auto":
         name = next(known for known, reason in reasons.items() if reason is None)

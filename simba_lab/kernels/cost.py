@@ -85,6 +85,10 @@ def recording(ledger: Ledger) -> Iterator[Ledger]:
         _open_ledger.reset(token)
 
 
+def is_recording() -> bool:
+    return _open_ledger.get() is not None
+
+
 def charge(layer: int, op: str, flops: int, output: Tensor | None = None) -> None:
     """Charge an op that has just run; with ``output`` given, also its backward pass when a gradient reaches it."""
     ledger = _open_ledger.get()

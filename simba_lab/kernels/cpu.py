@@ -22,7 +22,7 @@ def _strided(t: Tensor) -> tuple[Tensor, tuple[int, int]]:
     if t.stride(2) != 1 or t.numel() == 0:
         t = t.contiguous()
     span = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
-    return t.as_strided((span,), (1,)), (t.stride(0), t.stride(1))
+    return t.as_strided((span if t.numel() else 0,), (1,)), (t.stride(0), t.stride(1))
 
 
 def _flat(*tensors: Tensor):  # noqa: ANN202 - (list of arrays, int64 array of strides)
@@ -43,6 +43,16 @@ def _use_torch_threads() -> None:
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
+def _scan_outputs(x: Tensor, A: Tensor, initial: Tensor, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Unfilled output (B, L, D), final state (B, D, N) and, if wanted, states at the starts of chunks, by block."""
+    from simba_lab.kernels import cpu_scan
+
+    batch, length, channels = x.shape
+    chunks = -(-length // cpu_scan.CHUNK) if keep_states else 0
+    starts = x.new_empty(batch, chunks, -(-channels // cpu_scan.WIDTH), A.shape[1], cpu_scan.WIDTH)
+    return x.new_empty(x.shape), initial.new_empty(initial.shape), starts
+
+
 @torch.library.custom_op("simba_lab::selective_scan", mutates_args=(), device_types="cpu")
 def _scan(
     x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, initial: Tensor,
@@ -51,10 +61,7 @@ def _scan(
     from simba_lab.kernels import cpu_scan
 
     _use_torch_threads()
-    batch, length, channels = x.shape
-    chunks = -(-length // cpu_scan.CHUNK) if keep_states else 0
-    out, final = x.new_empty(batch, length, channels), torch.empty_like(initial)
-    starts = x.new_empty(batch, chunks, -(-channels // cpu_scan.WIDTH), A.shape[1], cpu_scan.WIDTH)
+    out, final, starts = _scan_outputs(x, A, initial, keep_states)
     (x_, dt_, B_, C_, z_), strides = _flat(x, dt, B, C, z)
     cpu_scan.forward(
         x_, dt_, _array(dt_bias), _array(A), B_, C_, _array(D), z_, strides, _array(initial),
@@ -65,7 +72,7 @@ def _scan(
 
 @_scan.register_fake
 def _(x, dt, dt_bias, A, B, C, D, z, initial, keep_states):  # noqa: ANN001, ANN202
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(initial), x.new_empty(0)
+    return _scan_outputs(x, A, initial, keep_states)
 
 
 @torch.library.custom_op("simba_lab::selective_scan_backward", mutates_args=(), device_types="cpu")

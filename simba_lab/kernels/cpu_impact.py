@@ -61,7 +61,7 @@ def scores(x, dt, dt_bias, A, B, C_boundary, gate, strides, reduce, vanished, pa
                     best += impact * impact
                 else:
                     impact = abs(impact) if reduce == ABSMAX else impact
-                    best = impact if impact > best else best
+                    best = impact if impact > best or impact != impact else best  # a NaN wins and stays
                 later[d] += delta_t[d]
             partial[i, block, t] = best
             if t % 16 == 0:

@@ -36,8 +36,9 @@ def _float_of_bits(typing_context, bits):  # noqa: ANN001, ANN202 - numba's own 
 
 @numba.njit(fastmath=FAST - {"reassoc"})  # reordering would undo the two-part ln 2
 def _exp32(x):
-    x = x if x > EXP_LOW else EXP_LOW  # not min and max, whose care for NaN would stop vectorisation
-    x = x if x < EXP_HIGH else EXP_HIGH
+    # Not min and max, whose care for NaN would stop vectorisation. A NaN fails both comparisons and goes on.
+    x = EXP_LOW if x < EXP_LOW else x
+    x = EXP_HIGH if x > EXP_HIGH else x
     k = np.floor(x * LOG2E + f32(0.5))
     r = x - k * LN2_HIGH - k * LN2_LOW
     p = f32(1.3888889e-3)

@@ -168,10 +168,11 @@ def backward(
                         g[n, d] = dh * decay[k, n, d]
                     dB[i, block, t, n] = db
                     dC[i, block, t, n] = dc
+                dt_at = i * strides[1, 0] + t * strides[1, 1] + first
                 for d in range(used):
                     dx[i, t, first + d] = du_t[d] * delta_c[k, d] + dy_t[d] * D_block[d]
-                    # the slope of softplus is 1 - exp(-softplus)
-                    slope = one - exp(-delta_c[k, d])
+                    # not 1 - exp(-delta), of which a small delta leaves few digits
+                    slope = sigmoid(dt[dt_at + d] + bias_block[d], one)
                     ddt[i, t, first + d] = (ddelta_t[d] + du_t[d] * x_c[k, d]) * slope
                     dD_block[d] += dy_t[d] * x_c[k, d]
         for d in range(used):

@@ -79,7 +79,8 @@ def selective_scan(
         decay = torch.exp(delta_[:, t, :, None] * A_)
         state = decay * state + (delta_[:, t] * x_[:, t])[:, :, None] * B_[:, t, None, :]
         outputs.append((state * C_[:, t, None, :]).sum(-1))
-    y = (torch.stack(outputs, dim=1) + D.to(wide) * x_) * F.silu(z.to(wide))
+    unrolled = torch.stack(outputs, dim=1) if outputs else x_
+    y = (unrolled + D.to(wide) * x_) * F.silu(z.to(wide))
     return y.to(x.dtype), state
 
 

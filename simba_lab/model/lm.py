@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from simba_lab.errors import InputError
-from simba_lab.kernels import Backend, resolve
-from simba_lab.kernels.cost import charge, select
+from simba_lab.kernels import Backend, check_name, resolve
+from simba_lab.kernels.cost import charge, is_recording, select
 from simba_lab.kernels.reference import gather_tokens
 from simba_lab.model.config import ModelConfig
 from simba_lab.model.cost import Breakdown, forward_flops
 from simba_lab.model.mamba import Block, LayerState, MixerSignals, Projection, RMSNorm, add_residual, initialise_mixer
 from simba_lab.pruning import PruningPlan, ScoredShape, Signals, select_index
-from simba_lab.pruning.criteria import sequence_key
+from simba_lab.pruning.criteria import checked_scores, sequence_key
 from simba_lab.registry import Spec
 
 HEADS = ("scored", "all")
@@ -65,6 +65,7 @@ class LanguageModel(nn.Module):
         self, config: ModelConfig, pruning: PruningPlan | None = None, backend: str = "auto", seed: int | None = 0
     ) -> None:
         super().__init__()
+        check_name(backend)
         self.config, self.pruning, self.backend_name = config, pruning, backend
         self.backbone = Backbone(config)
         self.lm_head = Projection("head", -1, config.d_model, config.padded_vocab_size)
@@ -192,11 +193,11 @@ class LanguageModel(nn.Module):
                 layer=layer, backend=self.backend, dt_bias=block.dt_proj.bias, A=block.A,
                 hidden=stream[:, :present], positions=position, sequence_key=key, **context,
             )  # fmt: skip
-            scores = plan.criterion.score(signals)
-            chosen = select_index(scores, k, plan.protect_recent)
-        shape = ScoredShape(present, self.config.d_model, self.config.d_inner, self.config.d_state)
-        charge(layer, "score", position.shape[0] * plan.criterion.flops(shape))
-        charge(layer, "select", position.shape[0] * select(present))
+            chosen = select_index(checked_scores(plan.criterion, signals), k, plan.protect_recent)
+        if is_recording():  # the cost of a user's criterion is measured, which takes time
+            shape = ScoredShape(present, self.config.d_model, self.config.d_inner, self.config.d_state)
+            charge(layer, "score", position.shape[0] * plan.criterion.flops(shape))
+            charge(layer, "select", position.shape[0] * select(present))
         return chosen
 
     def _head(self, hidden: Tensor, residual: Tensor) -> Tensor:

@@ -77,6 +77,17 @@ class Criterion(ABC):
 CRITERIA: Registry[Criterion] = Registry("criterion", Criterion)
 
 
+def checked_scores(criterion: Criterion, signals: Signals) -> Tensor:
+    """``criterion.score(signals)``; raises InputError for anything but one score per token."""
+    scores = criterion.score(signals)
+    expected = tuple(signals.positions.shape)
+    got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if got != expected:
+        name = CRITERIA.name_of(criterion)
+        raise InputError(f"criterion {name}: score must return (batch, tokens) = {expected}, got {got}")
+    return scores
+
+
 @CRITERIA.register("global_impact")
 class GlobalImpact(Criterion):
     """What the token adds to the boundary's output through the recurrence (Simba).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from simba_lab.errors import InputError
+from simba_lab.kernels import cost
 
 if TYPE_CHECKING:
     from simba_lab.pruning.criteria import Criterion, ScoredShape
@@ -21,6 +22,15 @@ _FREE = frozenset(
     "alias as_strided arange full full_like zeros zeros_like ones ones_like empty empty_like new_zeros new_ones "
     "new_empty _to_copy to copy_ lift_fresh gather index index_select flip unbind contiguous scalar_tensor".split()
 )
+
+# Our own ops cost inside a user's criterion what they cost outside; arguments as in simba_lab.kernels.cpu.
+_OURS: dict[str, Callable[..., int]] = {
+    "causal_conv": lambda x, weight, *_: cost.causal_conv(x.shape[0] * x.shape[1], *weight.shape),
+    "selective_scan": lambda x, dt, dt_bias, A, *_: cost.selective_scan(x.shape[0] * x.shape[1], *A.shape),
+    "global_impact": lambda x, dt, dt_bias, A, B, C, gate, reduce, gated: cost.global_impact(
+        x.shape[0] * x.shape[1], *A.shape, gated, reduce
+    ),
+}
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -43,7 +53,9 @@ class OperationCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         packet = func.overloadpacket
-        if packet in flop_registry:
+        if func.namespace == "simba_lab":
+            self.flops += _OURS[packet.__name__](*args)
+        elif packet in flop_registry:
             self.flops += int(flop_registry[packet](*args, **kwargs, out_val=output))
         elif packet.__name__ not in _FREE:
             touched = _tensors(list(args)) + _tensors(output)
@@ -56,20 +68,17 @@ def measured_flops(criterion: Criterion, shape: ScoredShape) -> int:
 
     Raises InputError if it cannot run on the meta device, that is if its cost depends on the data.
     """
-    from simba_lab.pruning.criteria import CRITERIA
+    from simba_lab.pruning.criteria import CRITERIA, checked_scores
 
     name = CRITERIA.name_of(criterion)
     with torch.device("meta"), torch.no_grad():
         signals = meta_signals(shape)
         try:
             with OperationCounter() as counter:
-                scores = criterion.score(signals)
-        except (NotImplementedError, RuntimeError) as error:
+                checked_scores(criterion, signals)
+        except (NotImplementedError, RuntimeError, TypeError) as error:
             first_line = str(error).strip().splitlines()[0]
             raise InputError(f"criterion {name}: its cost cannot be counted without data: {first_line}") from None
-    if not isinstance(scores, Tensor) or scores.shape != (1, shape.n_tokens):
-        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise InputError(f"criterion {name}: score must return (batch, tokens) = (1, {shape.n_tokens}), got {got}")
     return counter.flops
 
 

@@ -37,7 +37,8 @@ class PruningPlan:
         """Plan from specs; ``mean_keep`` solves the schedule's free parameter, other arguments go to the schedule."""
         built = build_schedule(schedule, **schedule_arguments)
         if mean_keep is not None:
-            if schedule_arguments.get(built.knob) is not None:
+            in_spec = {} if isinstance(schedule, KeepSchedule) else SCHEDULES.parse(schedule)[1]
+            if any(given.get(built.knob) is not None for given in (in_spec, schedule_arguments)):
                 raise InputError(f"give mean_keep or {built.knob}, not both")
             built = built.with_mean_keep(mean_keep, n_layers)
         return cls(CRITERIA.build(criterion), built, protect_recent)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, ClassVar
 
 from simba_lab.errors import InputError
@@ -15,8 +16,8 @@ from simba_lab.registry import Registry, Spec
 
 
 def _share(owner: str, key: str, value: float | None) -> float | None:
-    if value is not None and not 0 < value <= 1:
-        raise InputError(f"schedule {owner}: {key} must lie in (0, 1], got {value}")
+    if value is not None and not (isinstance(value, (int, float)) and 0 < value <= 1):
+        raise InputError(f"schedule {owner}: {key} must lie in (0, 1], got {value!r}")
     return value
 
 
@@ -46,16 +47,17 @@ class KeepSchedule(ABC):
         name = SCHEDULES.name_of(self)
         if getattr(self, self.knob) is None:
             raise InputError(f"schedule {name}: {self.knob} is not set; give it, or mean_keep, or a budget")
-        shares = [1.0, *list(self.shares(n_layers))[1:n_layers]]
+        shares = [1.0, *list(self.shares(n_layers))[1:]]
         if len(shares) != n_layers or any(not 0 < share <= 1 for share in shares):
             raise InputError(f"schedule {name}: needs {n_layers} shares in (0, 1], got {_curve(shares)}")
         if any(upper > lower + 1e-12 for lower, upper in zip(shares, shares[1:], strict=False)):
             raise InputError(f"schedule {name}: rises with depth: {_curve(shares)}; a dropped token never returns")
-        return [n_context, *(self._rounded(share * n_context, n_context) for share in shares[1:])]
+        # The running minimum keeps a rise within float error, which passes above, from becoming one in tokens.
+        return [self._rounded(share * n_context, n_context) for share in accumulate(shares, min)]
 
     def _rounded(self, tokens: float, n_context: int) -> int:
         multiple = self.multiple_of
-        return min(n_context, max(1, multiple * math.ceil((tokens - 0.5) / multiple)))
+        return min(n_context, multiple * max(1, math.ceil((tokens - 0.5) / multiple)))
 
     def with_knob(self, value: float) -> KeepSchedule:
         """The same schedule with another value of its free parameter."""
@@ -87,8 +89,8 @@ def _curve(shares: Sequence[float]) -> str:
 
 
 def _check_multiple(owner: str, multiple_of: int) -> int:
-    if multiple_of < 1:
-        raise InputError(f"schedule {owner}: multiple_of must be at least 1, got {multiple_of}")
+    if not isinstance(multiple_of, int) or multiple_of < 1:
+        raise InputError(f"schedule {owner}: multiple_of must be an integer of at least 1, got {multiple_of!r}")
     return multiple_of
 
 
@@ -143,8 +145,9 @@ class HighwayTop(KeepSchedule):
 
     def __init__(self, keep: float | None = None, from_layer: float = 0.5, multiple_of: int = 1) -> None:
         self.keep = _share("highway_top", "keep", keep)
-        if from_layer <= 0:
-            raise InputError(f"schedule highway_top: from_layer must be above 0, got {from_layer}")
+        if not (0 < from_layer < 1 or (from_layer >= 1 and float(from_layer).is_integer())):
+            wanted = "a share in (0, 1) or a layer index of 1 or more"
+            raise InputError(f"schedule highway_top: from_layer must be {wanted}, got {from_layer}")
         self.from_layer = from_layer
         self.multiple_of = _check_multiple("highway_top", multiple_of)
 

@@ -8,11 +8,16 @@ from torch import Tensor
 
 def protected_count(k: int, protect_recent: float) -> int:
     """How many of the newest tokens are kept whatever their score: the boundary, and the share asked for."""
-    return min(k, max(1, int(protect_recent * k)))
+    return min(k, max(1, int(protect_recent * k + 1e-9)))  # 0.29 of 100 is 28.999999999999996 in floating point
 
 
 def _protected_scores(scores: Tensor, k: int, protect_recent: float) -> Tensor:
-    """Scores in which protected tokens win against everything and NaN loses against everything."""
+    """Scores in which protected tokens win against everything and NaN loses against everything.
+
+    Raises ValueError unless 1 <= k <= L.
+    """
+    if not 1 <= k <= scores.shape[1]:
+        raise ValueError(f"cannot keep {k} of {scores.shape[1]} tokens")
     scores = torch.nan_to_num(scores.detach(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     newest = torch.arange(scores.shape[1], device=scores.device) >= scores.shape[1] - protected_count(k, protect_recent)
     return torch.where(newest, torch.inf, scores)
@@ -23,12 +28,9 @@ def select_index(scores: Tensor, k: int, protect_recent: float = 0.0) -> Tensor:
 
     The last token, the boundary, is always among them, and so is the newest ``protect_recent`` share of the kept set.
     """
-    length = scores.shape[1]
-    if not 1 <= k <= length:
-        raise ValueError(f"cannot keep {k} of {length} tokens")
     backwards = _protected_scores(scores, k, protect_recent).flip(1)
     order = torch.sort(backwards, dim=1, descending=True, stable=True).indices[:, :k]
-    return (length - 1 - order).sort(dim=1).values
+    return (scores.shape[1] - 1 - order).sort(dim=1).values
 
 
 def select_mask(scores: Tensor, k: int, protect_recent: float = 0.0) -> Tensor:

@@ -1,0 +1,89 @@
+# Everything runs from .venv, which is made on first use and again whenever requirements.lock or pyproject.toml change.
+
+PYTHON ?= python3
+EXP ?=
+CKPT ?=
+ARGS ?=
+TEST_WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SWEEPS := $(basename $(notdir $(wildcard sweeps/*.yaml)))
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup sweep report eval bench doctor test test-gpu lock clean check-python
+
+help:  ## print this list
+	@echo "make TARGET [EXP=sweep] [CKPT=checkpoint] [ARGS='further arguments']"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+	@echo "sweeps: $(SWEEPS)"
+
+setup: $(STAMP)  ## make .venv and install the pinned dependencies and this checkout
+
+sweep: require-sweep $(STAMP)  ## run sweeps/$(EXP).yaml; again to continue, e.g. make sweep EXP=hierarchy_ablation
+	@$(BIN)/simba-lab sweep --config sweeps/$(EXP).yaml $(ARGS)
+
+report: require-sweep $(STAMP)  ## write the table and report.html of a sweep again from its results
+	@$(BIN)/simba-lab report runs/sweeps/$(EXP) $(ARGS)
+
+eval: require-checkpoint $(STAMP)  ## evaluate CKPT=runs/base (a run folder, .ckpt or converted folder)
+	@$(BIN)/simba-lab eval --checkpoint $(CKPT) $(ARGS)
+
+bench: $(STAMP)  ## time a CPU training step beside mambapy and transformers
+	@$(BIN)/simba-lab bench cpu $(ARGS)
+
+doctor: $(STAMP)  ## say what is installed and which backends work here
+	@$(BIN)/simba-lab doctor $(ARGS)
+
+test: $(STAMP)  ## lint and run the tests that need no GPU
+	@$(BIN)/ruff check .
+	@$(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) $(ARGS)
+
+test-gpu: $(STAMP)  ## run the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+clean:  ## remove .venv and caches, keep runs/
+	rm -rf $(VENV) .lock-venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find simba_lab tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# torch brings the packages left out here in exactly the versions its own build wants: none on a CPU-only machine.
+lock: check-python  ## resolve pyproject.toml afresh and pin the outcome in requirements.lock
+	rm -rf .lock-venv
+	$(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/python -m pip install --upgrade pip
+	.lock-venv/bin/python -m pip install --editable '.[dev]'
+	{ sed -n '/^#/p' requirements.lock; \
+	  .lock-venv/bin/python -m pip freeze --all --exclude pip --exclude simba-lab \
+	  | sed 's/+[a-z0-9.]*$$//' | grep -viE '^(nvidia-|cuda-|triton)'; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+	rm -rf .lock-venv
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
+INSTALL_LOG := $(VENV)/install.log
+
+$(STAMP): requirements.lock pyproject.toml | check-python
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "make: $(PYTHON) cannot make a virtual environment: install its venv module (Debian: python3-venv)" >&2; exit 1; }
+	@echo "Installing requirements.lock into $(VENV), once (everything pip says: $(INSTALL_LOG)); large downloads:"
+	@{ $(PIP) --requirement requirements.lock && $(PIP) --no-deps --no-build-isolation --editable .; } 2>&1 \
+	  | tee $(INSTALL_LOG) \
+	  | { grep --line-buffered -oE '(Downloading|Using cached) [^ ]+ \([0-9.]+ MB\)|^Installing collected' || true; } \
+	  || { tail -n 15 $(INSTALL_LOG) >&2; echo "make: pip failed; run the same command again to continue" >&2; exit 1; }
+	@touch $@
+
+check-python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+	  echo "make: $(PYTHON) is no Python of 3.11 to 3.13; name one, e.g. make setup PYTHON=python3.12" >&2; \
+	  exit 1; }
+
+.PHONY: require-sweep require-checkpoint
+require-sweep:
+	@test -n "$(EXP)" -a -f "sweeps/$(EXP).yaml" || { \
+	  echo "make: EXP='$(EXP)' names no file in sweeps/: choose one of $(SWEEPS)" >&2; exit 2; }
+
+require-checkpoint:
+	@test -n "$(CKPT)" || { echo "make: say which checkpoint, e.g. make eval CKPT=runs/base" >&2; exit 2; }

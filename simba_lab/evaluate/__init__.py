@@ -1,0 +1,1 @@
+"""Quality: likelihood over windows, paired statistics, the evaluation harness."""

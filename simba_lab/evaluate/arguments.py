@@ -1,0 +1,108 @@
+"""Model arguments of the harness: plain scalars -> an arm, a device, a batch size."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from simba_lab.errors import InputError
+from simba_lab.model import LanguageModel
+from simba_lab.pruning import CRITERIA, SCHEDULES, PruningPlan
+from simba_lab.registry import Spec
+
+DEFAULT_BATCH = 8
+ARGUMENTS = (
+    "checkpoint", "criterion", "schedule", "mean_keep", "protect_recent", "dense", "batch_size", "max_batch_size",
+    "device", "backend", "max_length", "n_suffix",
+)  # fmt: skip
+_log = logging.getLogger(__name__)
+
+
+def pruning_plan(
+    model: LanguageModel,
+    criterion: Spec | None,
+    schedule: Spec | None,
+    mean_keep: float | None,
+    protect_recent: float | None,
+    dense: bool,
+    options: dict[str, Any],
+) -> PruningPlan | None:
+    """The plan asked for; what is not given is as the model was saved. ``options`` go to whoever knows their name.
+
+    Raises InputError for an option that nobody knows, naming all there are.
+    """
+    saved = model.pruning
+    asked = options or any(value is not None for value in (criterion, schedule, mean_keep, protect_recent))
+    if dense and asked:
+        raise InputError("model_args: dense=True prunes nothing; leave out criterion, schedule and their options")
+    if not asked:
+        return None if dense else saved
+    criterion = criterion or (CRITERIA.spec(saved.criterion) if saved else "global_impact")
+    schedule = schedule or (SCHEDULES.spec(saved.schedule) if saved else "linear")
+    protect_recent = protect_recent if protect_recent is not None else (saved.protect_recent if saved else 0.0)
+    of_schedule, of_criterion = _split_options(schedule, criterion, options)
+    name, init_args = CRITERIA.parse(criterion)
+    return PruningPlan.build(
+        model.config.n_layer,
+        {"class_path": name, "init_args": init_args | of_criterion},
+        schedule,
+        _number("mean_keep", mean_keep),
+        _number("protect_recent", protect_recent),
+        **of_schedule,
+    )
+
+
+def _split_options(schedule: Spec, criterion: Spec, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    known = {}
+    for registry, spec in ((SCHEDULES, schedule), (CRITERIA, criterion)):
+        name, _ = registry.parse(spec)
+        known[f"{registry.kind} {name}"] = registry.arguments(registry.resolve(name))
+    of_schedule, of_criterion = known.values()
+    for key in options:
+        if key not in of_schedule and key not in of_criterion:
+            theirs = "".join(f"; {owner}: {', '.join(names) or 'no options'}" for owner, names in known.items())
+            raise InputError(f"model_args: unknown {key!r}; use {', '.join(ARGUMENTS)}{theirs}")
+    first = {key: value for key, value in options.items() if key in of_schedule}
+    return first, {key: value for key, value in options.items() if key not in first}
+
+
+def _number(key: str, value: Any) -> Any:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise InputError(f"model_args: {key} must be a number, got {value!r}")
+    return value
+
+
+def read_whole(key: str, value: Any, at_least: int) -> int:
+    """An integer of at least ``at_least``, or InputError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise InputError(f"model_args: {key} must be an integer of at least {at_least}, got {value!r}")
+    return value
+
+
+def read_batch_size(batch_size: int | str, most: int | None) -> int:
+    """The harness's batch size: a number, or ``auto`` or ``auto:N``, which choose 8; never above ``most``."""
+    text = str(batch_size)
+    if text.partition(":")[0] == "auto":
+        size = DEFAULT_BATCH
+    elif text.isdecimal() and int(text) > 0:
+        size = int(text)
+    else:
+        raise InputError(f"batch_size must be an integer of at least 1, or auto, got {batch_size!r}")
+    return size if most is None else min(size, read_whole("max_batch_size", most, at_least=1))
+
+
+def read_device(name: str | None) -> torch.device:
+    """The device of a name; CUDA where there is one without a name, and the CPU in place of a CUDA that is not here."""
+    usable = torch.cuda.is_available()
+    if name is None:
+        return torch.device("cuda" if usable else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device: {name!r} is no device of torch; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not usable:
+        _log.warning("device %s: no CUDA here, using the CPU", name)
+        return torch.device("cpu")
+    return device

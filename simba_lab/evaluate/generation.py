@@ -1,0 +1,157 @@
+"""Text after a context: the context is pruned once, then tokens are decoded from cached states."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simba_lab.data import Tokenizer
+from simba_lab.errors import InputError
+from simba_lab.evaluate.scoring import chunks, context_batches, rows_of
+from simba_lab.model import LanguageModel, LayerState
+
+DEFAULT_TOKENS = 256
+LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+OPTIONS = ("until", *LENGTH_NAMES, "do_sample", "temperature", "top_p", "top_k", "seed")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to go on from a context: greedily at ``temperature`` 0, else by sampling.
+
+    ``top_k`` 0 keeps every token; ``top_p`` keeps the fewest most likely tokens that reach this probability.
+    """
+
+    until: tuple[str, ...] = ()
+    max_tokens: int = DEFAULT_TOKENS
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Decoding:
+        """From the harness's generation options. Without ``do_sample`` a temperature above 0 means sampling.
+
+        Raises InputError for an unknown option or a value out of range.
+        """
+        for key in options:
+            if key not in OPTIONS:
+                raise InputError(f"generation option {key!r} is unknown; use {', '.join(OPTIONS)}")
+        given = {key: value for key, value in options.items() if value is not None}
+        until = given.get("until", ())
+        length = next((given[name] for name in LENGTH_NAMES if name in given), DEFAULT_TOKENS)
+        temperature = given.get("temperature", 1.0 if given.get("do_sample") else 0.0)
+        try:
+            made = cls(
+                until=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
+                max_tokens=int(length),
+                temperature=0.0 if given.get("do_sample") is False else float(temperature),
+                top_p=float(given.get("top_p", 1.0)),
+                top_k=int(given.get("top_k", 0)),
+                seed=int(given.get("seed", 0)),
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(f"generation options {given}: {error}") from None
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        if self.max_tokens < 1:
+            raise InputError(f"generation option max_gen_toks must be at least 1, got {self.max_tokens}")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise InputError(
+                f"generation options: temperature and top_k must be at least 0 and top_p in (0, 1], "
+                f"got {self.temperature}, {self.top_k}, {self.top_p}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A context (non-empty int64 ids), how to go on, and which repetition of the same request it is."""
+
+    context: np.ndarray
+    decoding: Decoding
+    repetition: int = 0
+
+    def generator(self) -> torch.Generator:
+        """Keyed by the request itself: it draws the same numbers in any batch, order or run."""
+        key = json.dumps([self.context.tolist(), self.decoding.seed, self.repetition]).encode()
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[Prompt], batch_size: int
+) -> Iterator[tuple[int, str]]:
+    """(index, text) of every prompt; the text ends before the first stop string or the end-of-text token.
+
+    Only ids that the tokenizer knows are ever chosen, not the rows that pad the model's vocabulary.
+    """
+    for contexts in context_batches([prompt.context for prompt in prompts], batch_size):
+        tokens = np.stack([prompts[owners[0]].context for owners in contexts])
+        out = model.prefill(torch.from_numpy(tokens).to(model.device))
+        for chunk in chunks([(row, owner) for row, owners in enumerate(contexts) for owner in owners], batch_size):
+            index = torch.tensor([row for row, _ in chunk], device=model.device)
+            writers = [_Writer(owner, prompts[owner], tokenizer) for _, owner in chunk]
+            _decode(model, writers, out.logits[index, -1], rows_of(out.states, index))
+            yield from ((writer.owner, writer.text) for writer in writers)
+
+
+def _decode(model: LanguageModel, writers: list[_Writer], logits: Tensor, states: list[LayerState]) -> None:
+    """Let every writer go on from its row of ``logits`` (B, V) and ``states`` until all have finished."""
+    while True:
+        tokens = [writer.choose(row) for writer, row in zip(writers, logits, strict=True)]
+        going = [row for row, (writer, token) in enumerate(zip(writers, tokens, strict=True)) if writer.accept(token)]
+        if not going:
+            return
+        writers = [writers[row] for row in going]
+        fed = torch.tensor([[tokens[row]] for row in going], device=logits.device)
+        stepped, states = model.extend(fed, rows_of(states, torch.tensor(going, device=logits.device)))
+        logits = stepped[:, -1]
+
+
+class _Writer:
+    """One sequence being written."""
+
+    def __init__(self, owner: int, prompt: Prompt, tokenizer: Tokenizer) -> None:
+        self.owner, self.text = owner, ""
+        self._decoding, self._tokenizer = prompt.decoding, tokenizer
+        self._generator = prompt.generator()
+        self._tokens: list[int] = []
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token from logits (V,)."""
+        known = logits[: self._tokenizer.vocab_size]
+        if self._decoding.temperature == 0:
+            return int(known.argmax())
+        return sample(known.double().cpu(), self._decoding, self._generator)
+
+    def accept(self, token: int) -> bool:
+        """Append a token; False when the text has come to its end."""
+        if token == self._tokenizer.eot_id:
+            return False
+        self._tokens.append(token)
+        self.text = self._tokenizer.decode(self._tokens)
+        ends = [place for stop in self._decoding.until if (place := self.text.find(stop)) >= 0]
+        if ends:
+            self.text = self.text[: min(ends)]
+        return not ends and len(self._tokens) < self._decoding.max_tokens
+
+
+def sample(logits: Tensor, decoding: Decoding, generator: torch.Generator) -> int:
+    """A token id drawn from logits (V,) float64 by temperature, then top_k, then top_p."""
+    chance, order = torch.softmax(logits / decoding.temperature, 0).sort(descending=True, stable=True)
+    if decoding.top_k:
+        chance[decoding.top_k :] = 0
+    chance = chance / chance.sum()
+    chance[chance.cumsum(0) - chance >= decoding.top_p] = 0
+    chosen = torch.multinomial(chance, 1, generator=generator)
+    return int(order[chosen])

@@ -1,0 +1,122 @@
+"""Suffix negative log-likelihood of one model over a set of windows, with the FLOPs that ran and the time they took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simba_lab.data import EvalWindows, evidence_groups, group_bounds, is_far
+from simba_lab.errors import InputError
+from simba_lab.kernels.cost import Ledger, recording
+from simba_lab.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class WindowScores:
+    """nll (W, n_suffix) in nats; seconds of the forward passes alone; flops_by_op of one window, from the ledger."""
+
+    nll: NDArray[np.float32]
+    seconds: float
+    flops_by_op: dict[str, int]
+
+    @property
+    def flops(self) -> int:
+        """FLOPs per window."""
+        return sum(self.flops_by_op.values())
+
+
+@torch.no_grad()
+def score_windows(
+    model: LanguageModel,
+    windows: EvalWindows,
+    batch_size: int,
+    n_context: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> WindowScores:
+    """Score the suffix of every window after its (pruned) context; protocol ``suffix``.
+
+    ``n_context`` reads only the newest so many context tokens. ``progress`` is told the number of windows done. The
+    first batch runs once unmeasured, so that compiling kernels is not charged to the arm.
+
+    Raises InputError if the model's logits are not finite, naming the window.
+    """
+    reach = windows.n_context if n_context is None else n_context
+    if not 1 <= reach <= windows.n_context:
+        raise InputError(f"n_context must lie in 1..{windows.n_context}, the context of the windows, got {reach}")
+    tokens = windows.tokens[:, windows.n_context - reach :]
+    _suffix_nll(model, tokens[:batch_size], reach)
+    ledger, nll, seconds = Ledger(), [], 0.0
+    for first in range(0, len(tokens), batch_size):
+        batch = tokens[first : first + batch_size].to(model.device)
+        started = time.perf_counter()
+        with recording(ledger):
+            nll.append(_suffix_nll(model, batch, reach))
+        seconds += time.perf_counter() - started
+        if not np.isfinite(nll[-1]).all():
+            raise InputError(f"the model's likelihood is not finite in windows {first} to {first + len(batch) - 1}")
+        if progress is not None:
+            progress(first + len(batch))
+    per_window = {op: _exactly(flops, len(tokens), op) for op, flops in ledger.by_op().items()}
+    return WindowScores(np.concatenate(nll), seconds, per_window)
+
+
+def _exactly(flops: int, windows: int, op: str) -> int:
+    if flops % windows:
+        raise AssertionError(f"{op} did not cost the same in every window")
+    return flops // windows
+
+
+def _suffix_nll(model: LanguageModel, tokens: Tensor, n_context: int) -> NDArray[np.float32]:
+    logits = model(tokens, n_context=n_context).logits[:, :-1].float()
+    nll = F.cross_entropy(logits.flatten(0, 1), tokens[:, n_context:].flatten(), reduction="none")
+    return nll.view(len(tokens), -1).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Face:
+    """One face of quality: per window the sum of NLL (W,) and the number of tokens (W,) it is the sum of."""
+
+    nll: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+
+    @property
+    def mean(self) -> float | None:
+        """Nats per token; None if no token is scored."""
+        total = self.tokens.sum()
+        return float(self.nll.sum() / total) if total else None
+
+
+def plain_face(nll: NDArray[np.float32]) -> Face:
+    """All suffix tokens."""
+    return Face(nll.sum(1, dtype=np.float64), np.full(len(nll), nll.shape[1], np.float64))
+
+
+def far_face(nll: NDArray[np.float32], windows: EvalWindows, reach: int) -> Face:
+    """Suffix tokens whose last occurrence lies before the newest ``reach`` context tokens (design page, section 5)."""
+    far = is_far(windows.last_occurrence, windows.n_context, reach)
+    return Face((nll * far).sum(1, dtype=np.float64), far.sum(1).astype(np.float64))
+
+
+def by_distance(nll: NDArray[np.float32], windows: EvalWindows, edges: Sequence[int]) -> list[dict[str, Any]]:
+    """Tokens and mean NLL by evidence distance; low and high are both None for tokens never seen before."""
+    groups = evidence_groups(windows.last_occurrence, windows.n_context, edges)
+    table = []
+    for group, (low, high) in [*enumerate(group_bounds(edges)), (-1, (None, None))]:
+        chosen = nll[groups == group]
+        mean = float(chosen.mean(dtype=np.float64)) if chosen.size else None
+        table.append({"low": low, "high": high, "tokens": int(chosen.size), "nll": mean})
+    return table
+
+
+def distance_edges(reach: int, n_context: int) -> list[int]:
+    """Powers of four up to the reach of the shorter context, the reach, and half-way from there to the context's end."""
+    powers = [4**power for power in range(1, 12) if 4**power < reach]
+    return [*powers, *(edge for edge in (reach, (reach + n_context) // 2) if edge > max(powers, default=1))]

@@ -1,0 +1,191 @@
+"""Figures whose arms are curves: keep counts by layer, NLL by evidence distance, and the trials of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from simba_lab.report.drawing import INK, WIDTH, Drawn, Figure, as_csv, canvas, draw
+from simba_lab.report.marks import CONTROLS, curve_look
+from simba_lab.report.results import Arm, Results
+from simba_lab.report.wording import KINDS, shortened
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def keep_figure(results: Results) -> Figure | None:
+    """Context tokens entering each layer; arms of one schedule share a look, and a line where they share the counts."""
+    arms = [arm for arm in results["arms"] if arm["keep_counts"]]
+    if not arms:
+        return None
+    key, title = "keep", "Keep curves by layer"
+    families: dict[str, list[Arm]] = {}
+    for arm in arms:
+        families.setdefault(shortened(arm["schedule"] or KINDS.get(arm["kind"], arm["kind"]), 28), []).append(arm)
+
+    def build() -> Drawn:
+        figure = canvas(WIDTH, 3.9)
+        axes = figure.subplots()
+        for index, (name, members) in enumerate(families.items()):
+            curves = list(dict.fromkeys(tuple(arm["keep_counts"]) for arm in members))
+            label = f"{name} ({len(members)} arms)" if len(members) > 1 else name
+            for number, curve in enumerate(curves):
+                look = curve_look(index, members[0]["kind"])
+                axes.plot(range(len(curve)), curve, label=label if number == 0 else None, **look)
+        _layer_axis(axes, max(len(arm["keep_counts"]) for arm in arms), results["n_context"])
+        figure.legend(loc="outside right upper", title="schedule")
+        return figure, {}
+
+    caption = (
+        f"Context tokens entering each layer, of the {results['n_context']} before the boundary, for every arm. Suffix "
+        "tokens are never pruned and not counted. Where criteria cost different FLOPs, the budget solver gives the "
+        "same schedule slightly different counts, drawn as separate lines."
+    )
+    layers = max(len(arm["keep_counts"]) for arm in arms)
+    rows = [[arm["name"], *arm["keep_counts"]] for arm in arms]
+    table = as_csv(["arm", *(f"layer_{layer}" for layer in range(layers))], rows)
+    return Figure(key, title, caption, draw(key, title, build), table)
+
+
+def _layer_axis(axes: Axes, layers: int, n_context: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(xlabel="layer (0 is nearest the input)", ylabel="context tokens entering it", ylim=(0, 1.05 * n_context))
+    axes.set_xlim(-0.2, layers - 0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    share = axes.secondary_yaxis("right", functions=(lambda k: 100 * k / n_context, lambda s: s * n_context / 100))
+    share.set_ylabel("share of the context (%)")
+
+
+def distance_figure(results: Results) -> Figure | None:
+    """NLL by evidence distance: absolute, and relative to the first arm."""
+    first = results["arms"][0]
+    bins = [(row["low"], row["high"]) for row in first["by_distance"] or []]
+    arms = [arm for arm in results["arms"] if _bins(arm) == bins]
+    if not bins:
+        return None
+    key, title = "distance", "NLL by evidence distance"
+    shown = _telling(results, arms)
+
+    def build() -> Drawn:
+        figure = canvas(WIDTH, 4.2)
+        absolute, relative = figure.subplots(1, 2, width_ratios=(2, 3))
+        for index, arm in enumerate(shown):
+            values = [row["nll"] for row in arm["by_distance"]]
+            base = [row["nll"] for row in first["by_distance"]]
+            gaps = [None if v is None or b is None else v - b for v, b in zip(values, base, strict=True)]
+            _bin_line(absolute, values, {**curve_look(index, arm["kind"]), "label": shortened(arm["name"], 28)})
+            _bin_line(relative, gaps, curve_look(index, arm["kind"]))
+        labels = [f"{_bin_name(row)}\n{row['tokens']}" for row in first["by_distance"]]
+        for axes in (absolute, relative):
+            axes.set_xticks(range(len(bins)), labels, fontsize=7.5)
+            axes.set_xlabel("positions back to the last occurrence; below: tokens")
+        absolute.set(title="NLL", ylabel="nats/token")
+        relative.set(title=f"minus {shortened(first['name'])}", ylabel="nats/token (below 0: better)")
+        figure.legend(loc="outside right upper")
+        return figure, {}
+
+    caption = (
+        "NLL in nats/token of the scored tokens, grouped by how many positions back the same token last occurred; "
+        "under each group its number of tokens. Right: the same minus the first arm. Drawn without intervals, so small "
+        f"gaps mean nothing by themselves: the paired test covers far tokens as a whole. Shown are {len(shown)} of "
+        f"{len(arms)} arms: the controls, the best arms and the best of each schedule; the CSV has all."
+    )
+    return Figure(key, title, caption, draw(key, title, build), _distance_csv(arms))
+
+
+def _bins(arm: Arm) -> list[tuple[Any, Any]]:
+    return [(row["low"], row["high"]) for row in arm["by_distance"] or []]
+
+
+def _bin_name(row: Mapping[str, Any]) -> str:
+    low, high = row["low"], row["high"]
+    if low is None and high is None:
+        return "never"
+    if high is None:
+        return f"\u2265 {low:g}"
+    return f"\u2264 {high:g}" if low is None else f"{low:g}\u2013{high:g}"
+
+
+def _bin_line(axes: Axes, values: Sequence[float | None], look: Mapping[str, Any]) -> None:
+    axes.plot(range(len(values)), [float("nan") if v is None else v for v in values], **look)
+
+
+def _telling(results: Results, arms: Sequence[Arm]) -> list[Arm]:
+    """The controls, both best arms and the best far arm of each schedule: few enough to follow by eye."""
+    conclusion, chosen = results["conclusion"], set()
+    best_of: dict[str, Arm] = {}
+    for arm in arms:
+        if arm["kind"] in CONTROLS or arm["name"] in (conclusion["best"], conclusion["best_far"]):
+            chosen.add(arm["name"])
+        elif arm["quality_far"] is not None:
+            leader = best_of.setdefault(arm["schedule"], arm)
+            best_of[arm["schedule"]] = min(leader, arm, key=lambda one: one["quality_far"])
+    chosen |= {arm["name"] for arm in best_of.values()}
+    return [arm for arm in arms if arm["name"] in chosen]
+
+
+def _distance_csv(arms: Sequence[Arm]) -> str:
+    rows = [
+        [arm["name"], row["low"], row["high"], row["tokens"], row["nll"]] for arm in arms for row in arm["by_distance"]
+    ]
+    return as_csv(["arm", "low", "high", "tokens", "nll"], rows)
+
+
+def search_figure(results: Results) -> Figure | None:
+    """An Optuna search: the value of each trial with the best so far, and the best curve beside the linear one."""
+    search = results.get("search")
+    done = [t for t in search["trials"] if t["value"] is not None] if search else []
+    if not done:
+        return None
+    key, title = "search", "Search for the keep curve"
+
+    def build() -> Drawn:
+        figure = canvas(WIDTH, 3.9)
+        values, curves = figure.subplots(1, 2)
+        hints = _trial_points(values, done)
+        _best_curve(curves, results, next((t for t in done if t["number"] == search["best"]), None))
+        figure.legend(loc="outside right upper")
+        return figure, hints
+
+    caption = (
+        f"Left: NLL in nats/token of the {len(done)} finished trials in the order they were run, and the lowest so "
+        "far. Right: context tokens entering each layer in the best trial, beside the linear schedule at the same "
+        "budget. The best of many trials is flattered by the choice; its own arm in the table is what counts."
+    )
+    rows = [[t["number"], t["value"], t["state"], *(t["keep_counts"] or [])] for t in search["trials"]]
+    layers = max(len(t["keep_counts"] or []) for t in search["trials"])
+    table = as_csv(["trial", "value", "state", *(f"layer_{layer}" for layer in range(layers))], rows)
+    return Figure(key, title, caption, draw(key, title, build), table)
+
+
+def _trial_points(axes: Axes, trials: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    from matplotlib.ticker import MaxNLocator
+
+    ordered = sorted(trials, key=lambda t: t["number"])
+    numbers, lowest, so_far = [t["number"] for t in ordered], [], float("inf")
+    for trial in ordered:
+        so_far = min(so_far, trial["value"])
+        lowest.append(so_far)
+    axes.plot(numbers, lowest, drawstyle="steps-post", color=INK, label="lowest so far")
+    hints = {}
+    for trial in ordered:
+        gid = f"trial-{trial['number']}"
+        look = curve_look(0) | {"linestyle": "none"}
+        axes.plot([trial["number"]], [trial["value"]], gid=gid, **look)
+        hints[gid] = f"trial {trial['number']}: {trial['value']:.4f} nats/token"
+    axes.set(title="trials", xlabel="trial", ylabel="NLL (nats/token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return hints
+
+
+def _best_curve(axes: Axes, results: Results, best: Mapping[str, Any] | None) -> None:
+    linear = next((arm for arm in results["arms"] if arm["schedule"] == "linear"), None)
+    layers = 1
+    for index, (name, source) in enumerate((("best trial", best), ("linear", linear))):
+        if source is not None and source["keep_counts"]:
+            layers = max(layers, len(source["keep_counts"]))
+            axes.plot(range(len(source["keep_counts"])), source["keep_counts"], label=name, **curve_look(index))
+    axes.set_title("keep curve")
+    _layer_axis(axes, layers, results["n_context"])

@@ -1,0 +1,204 @@
+"""What a sweep file may say. Typed and strict: an unknown key is an error that names it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from simba_lab.errors import InputError
+
+
+OneSpec = str | dict[str, Any]
+Specs = OneSpec | list[OneSpec]
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """The FLOPs of one window that every matched arm must cost.
+
+    Args:
+        reference: name of the arm whose cost is the budget.
+        flops: or an absolute number.
+        tolerance: largest relative distance from it.
+    """
+
+    reference: str | None = None
+    flops: int | None = None
+    tolerance: float = 0.005
+
+
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """How intervals and p-values are computed.
+
+    Args:
+        resamples: bootstrap resamples, and sign flips of the permutation test.
+        confidence: of the intervals.
+        seed: of both.
+    """
+
+    resamples: int = 10_000
+    confidence: float = 0.95
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ArmConfig:
+    """One entry of ``arms``; lists of criteria and schedules stand for all their pairs.
+
+    Args:
+        kind: pruned; dense (the full model, not matched); smaller_dense (a dense model of its own experiment);
+            shorter_context (the dense model on the newest part of the context).
+        name: how tables call it; pruned arms are called schedule:criterion unless named.
+        experiment: of a smaller_dense arm, the file that trains it.
+        criterion: name, class path, or class_path + init_args; or a list of them.
+        schedule: likewise.
+        protect_recent: share of the kept tokens that are the newest.
+    """
+
+    kind: Literal["pruned", "dense", "smaller_dense", "shorter_context"] = "pruned"
+    name: str | None = None
+    experiment: str | None = None
+    criterion: Specs | None = None
+    schedule: Specs | None = None
+    protect_recent: float = 0.0
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """A search for the best ``knots`` curve under the budget.
+
+    Args:
+        criterion: name, class path, or class_path + init_args.
+        n_values: heights of the curve that are searched.
+        trials: curves tried, the anchors (linear, geometric, uniform) among them.
+        split: windows it is judged on; never those of the comparison.
+        windows: how many of them.
+        objective: face of quality that is minimised.
+        lowest: smallest share of its predecessor that a height may have.
+        seed: of the sampler.
+    """
+
+    criterion: OneSpec = "global_impact"
+    n_values: int = 4
+    trials: int = 40
+    split: Literal["validation", "train"] = "validation"
+    windows: int = 200
+    objective: Literal["quality", "quality_far"] = "quality"
+    lowest: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A comparison of arms at one budget.
+
+    Args:
+        experiment: file of the base model, trained first if its run folder does not hold it.
+        folder: where results go; null is runs/sweeps/<name of the sweep file>.
+        split: windows of the comparison.
+        windows: how many at most; they never share a suffix token.
+        n_context: context tokens of a window.
+        n_suffix: suffix tokens, on which quality is measured.
+        batch_size: windows at once.
+        budget: what every matched arm costs.
+        arms: the first one is what the others are compared with.
+        search: look for the best keep curve, which then joins the arms.
+        statistics: resampling.
+    """
+
+    experiment: str
+    budget: BudgetConfig
+    arms: list[ArmConfig]
+    folder: str | None = None
+    split: Literal["test", "validation"] = "test"
+    windows: int = 500
+    n_context: int = 960
+    n_suffix: int = 64
+    batch_size: int = 8
+    search: SearchConfig | None = None
+    statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+
+    def check(self) -> None:
+        """Raises InputError for a number out of range or a budget given twice or not at all."""
+        for key in ("windows", "n_context", "n_suffix", "batch_size"):
+            if getattr(self, key) < 1:
+                raise InputError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if (self.budget.reference is None) == (self.budget.flops is None):
+            raise InputError("budget: give either reference (the name of an arm) or flops")
+        if not self.arms:
+            raise InputError("arms: name at least one")
+        if self.search and (self.search.trials < 1 or self.search.n_values < 1 or not 0 < self.search.lowest <= 1):
+            raise InputError("search: trials and n_values must be at least 1, lowest in (0, 1]")
+        if not 0 < self.statistics.confidence < 1 or self.statistics.resamples < 100:
+            raise InputError("statistics: confidence must lie in (0, 1), resamples be at least 100")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def read_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Sweep file with ``key.key=value`` overrides laid over it.
+
+    Raises InputError naming the key for anything that is missing, unknown or of the wrong type.
+    """
+    values = _read_yaml(Path(path))
+    for override in overrides:
+        _overrule(values, override)
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    strict = ConfigDict(extra="forbid")
+    for part in (SweepConfig, ArmConfig, BudgetConfig, SearchConfig, StatisticsConfig):
+        part.__pydantic_config__ = strict
+    try:
+        config = TypeAdapter(SweepConfig).validate_python(values)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_first_mistake(error.errors())}") from None
+    config.check()
+    return config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        near = ", ".join(sorted(found.name for found in path.parent.glob("*.yaml"))) or "no .yaml file"
+        raise InputError(f"sweep: {path} does not exist; its folder holds {near}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected keys and values, got {type(values).__name__}")
+    return values
+
+
+def _overrule(values: dict[str, Any], override: str) -> None:
+    import yaml
+
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set: {override!r} should be key=value, e.g. windows=100 or search.trials=80")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise InputError(f"--set: {parent} in {key!r} has no keys of its own")
+    values[last] = yaml.safe_load(text)
+
+
+def _first_mistake(errors: Sequence[Any]) -> str:
+    """The first error as ``arms.2.criterion: what is wrong``; alternatives of a union are left out of the path."""
+    first = errors[0]
+    place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("str", "dict[", "list[")))
+    if first["type"] == "unexpected_keyword_argument":
+        owner = {"budget": BudgetConfig, "arms": ArmConfig, "search": SearchConfig, "statistics": StatisticsConfig}
+        known = [f.name for f in dataclasses.fields(owner.get(place.split(".")[0], SweepConfig))]
+        key = place.split(".")[-1]
+        near = difflib.get_close_matches(key, known, n=1)
+        return f"{place} is not a key{f' (did you mean {near[0]}?)' if near else ''}; keys here: {', '.join(known)}"
+    return f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"[:300]

@@ -1,0 +1,100 @@
+"""Finished arms on disk. An arm is finished once its ``arm.json`` stands; it is never run again while its
+fingerprint, the weights, windows and settings that decide its numbers, stays the same."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simba_lab.errors import InputError
+from simba_lab.evaluate.windows import WindowScores
+from simba_lab.files import write_json, writing
+
+ARM_FILE, NLL_FILE = "arm.json", "nll.npy"
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 over arrays, files and plain data, in order."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            total.update(str((part.dtype, part.shape)).encode())
+            total.update(np.ascontiguousarray(part).data)
+        elif isinstance(part, Path):
+            total.update(part.read_bytes())
+        else:
+            total.update(json.dumps(part, sort_keys=True).encode())
+    return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class StoredArm:
+    """What an arm measured: nll (W, n_suffix) in nats, and its record as written."""
+
+    nll: NDArray[np.float32]
+    record: dict[str, Any]
+
+    @property
+    def flops(self) -> int:
+        return sum(self.record["flops_by_op"].values())
+
+
+class ArmStore:
+    """The ``arms/`` folder of a sweep."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        """Folder of an arm: its name made safe for any file system, made unique by a few digits of its digest."""
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9_.=-]+', '-', name).strip('-')}-{digest(name)[:6]}"
+
+    def load(self, name: str, fingerprint: str) -> StoredArm | None:
+        """The finished arm, or None if it is missing, unfinished or was measured under other conditions."""
+        folder = self.path(name)
+        try:
+            record = json.loads((folder / ARM_FILE).read_text(encoding="utf-8"))
+            nll = np.load(folder / NLL_FILE)
+        except (OSError, ValueError):
+            return None
+        if record.get("fingerprint") != fingerprint:
+            return None
+        if record.get("nll_digest") != digest(nll):
+            raise InputError(f"{folder / NLL_FILE} is not what {ARM_FILE} says it wrote; delete the folder to rerun it")
+        return StoredArm(nll, record)
+
+    def save(self, name: str, fingerprint: str, scores: WindowScores, details: dict[str, Any]) -> StoredArm:
+        folder = self.path(name)
+        with writing(folder / NLL_FILE) as partial, open(partial, "wb") as handle:
+            np.save(handle, scores.nll)
+        record = {
+            **details,
+            "fingerprint": fingerprint,
+            "nll_digest": digest(scores.nll),
+            "flops_by_op": scores.flops_by_op,
+            "wall_seconds": scores.seconds,
+        }
+        write_json(folder / ARM_FILE, record)
+        return StoredArm(scores.nll, record)
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process. Raises InputError if another sweep is at work in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"folder: another sweep is running in {folder}") from None
+        yield

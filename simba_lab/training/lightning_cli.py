@@ -1,0 +1,196 @@
+"""Lightning's command line over our module and data, and the reading of experiment files through it.
+
+The run folder is ``trainer.default_root_dir``. Everything an experiment file may say is typed here; an unknown key is
+an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from simba_lab.errors import InputError
+from simba_lab.model import LanguageModel
+from simba_lab.training.module import LanguageModeling
+from simba_lab.training.progress import Throughput, progress_callback
+from simba_lab.training.record import MetricsFile, RunCheckpoint, RunRecord
+
+CONFIG_FILE = "config.yaml"
+
+
+class _Parser(LightningArgumentParser):
+    """Errors in one line, exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise _input_error(ex) or InputError(_shortened(message))
+
+
+def _input_error(error: BaseException | None) -> InputError | None:
+    """Our own error among the causes of one that the config parser wrapped around it."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _shortened(message: str) -> str:
+    """The parser's message without the list of types that also did not fit."""
+    key = re.match(r'Parser key "([^"]+)"', message)
+    reasons = [line.strip(" -") for line in message.splitlines() if line.strip().startswith("- ")]
+    reasons = [reason for reason in reasons if "NoneType" not in reason]
+    if key and reasons:
+        return f"{key[1]}: {'; '.join(dict.fromkeys(reasons))}"
+    return " ".join(message.split())
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Saves the resolved config of a fit; the other subcommands leave the run folder's own alone."""
+
+    def setup(self, trainer: Trainer, pl_module: LanguageModeling, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class Cli(LightningCLI):
+    """LightningCLI with the run folder's parts built in."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = _Parser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="a YAML file; several are laid over each other")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data.vocab_size", "model.model.vocab_size", apply_on="instantiate")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        folder = Path(config.trainer.default_root_dir or "runs/unnamed")
+        kwargs = {**kwargs, "default_root_dir": str(folder)}
+        if config.trainer.logger is None:
+            kwargs["logger"] = MetricsFile(folder)
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        """Held-out quality in bits per byte beside a compressor's on the same text."""
+        if not self.trainer.interrupted:
+            print_held_out(self.trainer, self.model, self.datamodule)
+
+
+def print_held_out(trainer: Trainer, model: LanguageModeling, data: LightningDataModule) -> None:
+    """Measures the test split and prints it; for text beside ``xz -9`` of the same text."""
+    (measured,) = trainer.test(model, data, verbose=False)
+    if "test/bits_per_byte" in measured:
+        xz = data.xz_bits_per_byte("test")
+        for logger in trainer.loggers:
+            logger.log_metrics({"test/xz_bits_per_byte": xz}, trainer.global_step)
+        print(f"test: {measured['test/bits_per_byte']:.4f} bits per byte; xz -9 of the same text: {xz:.4f}")
+    print(f"test: loss {measured['test/loss']:.4f} nats per token, accuracy {measured['test/accuracy']:.4f}")
+    print(f"run folder: {trainer.default_root_dir}")
+
+
+def run_cli(arguments: Sequence[str], run: bool = True) -> Cli:
+    """Parse, build and, with ``run``, carry out one Lightning subcommand. Raises InputError for a wrong key or value."""
+    _quiet()
+    try:
+        return Cli(
+            LanguageModeling,
+            LightningDataModule,
+            subclass_mode_data=True,
+            run=run,
+            args=list(arguments),
+            save_config_callback=_SaveConfig,
+            save_config_kwargs={"config_filename": CONFIG_FILE, "overwrite": True},
+            trainer_defaults={
+                "enable_model_summary": False,
+                "log_every_n_steps": 10,
+                "callbacks": [Throughput(), RunRecord(), progress_callback()],
+            },
+            parser_kwargs={"prog": "simba-lab"},
+        )
+    except ValueError as error:
+        mistake = _input_error(error)
+        if mistake is None:
+            raise
+        raise mistake from None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What an experiment file describes, built but not trained."""
+
+    path: Path
+    folder: Path
+    model: LanguageModel
+    data: LightningDataModule
+    resolved: dict[str, Any]
+
+    def is_trained(self) -> bool:
+        """Whether the run folder holds the finished run of just this experiment.
+
+        Raises InputError if it holds the run of another one.
+        """
+        from simba_lab.training.record import RUN_FILE
+
+        record, config = self.folder / RUN_FILE, self.folder / CONFIG_FILE
+        if not (record.is_file() and config.is_file()):
+            return False
+        differing = _difference(yaml.safe_load(config.read_text(encoding="utf-8")), self.resolved)
+        if differing:
+            raise InputError(
+                f"{self.folder} holds a run with another {differing} than {self.path}; "
+                "move the folder away or change trainer.default_root_dir"
+            )
+        return yaml.safe_load(record.read_text(encoding="utf-8"))["status"] == "done"
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read an experiment file strictly. Raises InputError for a missing file, an unknown key or a wrong value."""
+    if not Path(path).is_file():
+        raise InputError(f"experiment: {path} does not exist")
+    cli = run_cli(["--config", str(path)], run=False)
+    resolved = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
+    return Experiment(Path(path), Path(cli.trainer.default_root_dir), cli.model.lm, cli.datamodule, resolved)
+
+
+def _difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """Dotted name of the first setting of model or data, or of the number of steps, in which two configs differ."""
+    for section in ("seed_everything", "model", "data"):
+        differing = _first_difference(section, saved.get(section), wanted.get(section))
+        if differing:
+            return differing
+    steps = [config.get("trainer", {}).get("max_steps") for config in (saved, wanted)]
+    return None if steps[0] == steps[1] else "trainer.max_steps"
+
+
+def _first_difference(path: str, saved: Any, wanted: Any) -> str | None:
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        for key in [*saved, *(key for key in wanted if key not in saved)]:
+            differing = _first_difference(f"{path}.{key}", saved.get(key), wanted.get(key))
+            if differing:
+                return differing
+        return None
+    return None if saved == wanted else path
+
+
+def _quiet() -> None:
+    """Silences Lightning's advertisements and advice that a reader of a run cannot act on."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*", ".*Checkpoint directory .* exists and is not empty.*", ".*srun.*",
+        ".*args parameter is intended to run from within Python.*", ".*'set_vital' is deprecated.*",
+        ".*isinstance.treespec, LeafSpec.*",
+    ):  # fmt: skip
+        warnings.filterwarnings("ignore", message=message)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)

@@ -1,0 +1,182 @@
+"""The LightningModule: loss, optimiser and what is logged. Everything about the model itself is in ``simba_lab.model``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torchmetrics import MeanMetric, SumMetric
+
+from simba_lab.checkpoint import SPEC_KEY, model_spec
+from simba_lab.errors import InputError
+from simba_lab.kernels.cost import Ledger, recording
+from simba_lab.model import LanguageModel, ModelConfig
+from simba_lab.pruning import PruningPlan
+
+LEDGER_KEY = "simba_lab_ledger"
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class PrunedTraining:
+    """Training with pruning on: the loss is taken on the suffix only (protocol ``suffix``).
+
+    Args:
+        n_context: tokens that may be pruned; the rest of every window is the suffix.
+        criterion: registry name, class path, or class_path + init_args.
+        schedule: likewise.
+        mean_keep: mean share of the context over the layers; null if the schedule's own parameter is given.
+        protect_recent: share of the kept tokens that are the newest.
+    """
+
+    n_context: int
+    criterion: str | dict[str, Any] = "global_impact"
+    schedule: str | dict[str, Any] = "linear"
+    mean_keep: float | None = None
+    protect_recent: float = 0.0
+
+
+class LanguageModeling(LightningModule):
+    """Next-token training of a dense or pruned language model.
+
+    Args:
+        model: shape and initialisation of the model.
+        pruning: train with pruning on; null trains dense on every position.
+        backend: kernels: auto, numba or reference.
+        seed: of the initial weights.
+        learning_rate: peak of AdamW's learning rate.
+        weight_decay: on matrices; none on biases, norms, embeddings, A and D.
+        betas: AdamW's two.
+        warmup_steps: steps of linear rise to the peak.
+        final_lr_share: share of the peak at which the cosine ends.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        pruning: PrunedTraining | None = None,
+        backend: str = "auto",
+        seed: int = 0,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        warmup_steps: int = 100,
+        final_lr_share: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if learning_rate <= 0 or weight_decay < 0 or warmup_steps < 0 or not 0 <= final_lr_share <= 1:
+            raise InputError(
+                "model: learning_rate must be above 0, weight_decay and warmup_steps at least 0, "
+                "final_lr_share in [0, 1]"
+            )
+        self.pruned, self.learning_rate, self.weight_decay, self.betas = pruning, learning_rate, weight_decay, betas
+        self.warmup_steps, self.final_lr_share, self.init_seed = warmup_steps, final_lr_share, seed
+        plan = None
+        if pruning is not None:
+            plan = PruningPlan.build(
+                model.n_layer, pruning.criterion, pruning.schedule, pruning.mean_keep, pruning.protect_recent
+            )
+            plan.schedule.counts(model.n_layer, pruning.n_context)
+        self.lm = LanguageModel(model, plan, backend, seed)
+        self.ledger = Ledger()
+        self.tokens_seen = 0
+        # Exact per split: sums over all scored tokens, not means of batch means.
+        self.nll, self.accuracy = MeanMetric(), MeanMetric()
+        self.nll_sum, self.byte_sum = (SumMetric().set_dtype(torch.float64) for _ in range(2))
+
+    def scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits (n, V) and labels (n,) of the positions that are scored: all if dense, else boundary and suffix."""
+        tokens, labels = batch["tokens"], batch["labels"]
+        if self.pruned is None:
+            logits = self.lm(tokens).logits
+        else:
+            logits = self.lm(tokens, n_context=self.pruned.n_context).logits
+            labels = labels[:, self.pruned.n_context - 1 :]
+        chosen = labels.reshape(-1) != IGNORED
+        return logits.flatten(0, 1)[chosen], labels.reshape(-1)[chosen]
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        with recording(self.ledger):
+            logits, labels = self.scored(batch)
+        self.tokens_seen += batch["tokens"].numel()
+        loss = F.cross_entropy(logits.float(), labels)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        self._measure(batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        self._measure(batch)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
+        """Negative log-likelihood in nats, and whether the label was the most likely token, of each scored position."""
+        logits, labels = self.scored(batch)
+        nll = F.cross_entropy(logits.float(), labels, reduction="none")
+        return {"nll": nll, "correct": logits.argmax(-1) == labels}
+
+    def _measure(self, batch: dict[str, Tensor]) -> None:
+        logits, labels = self.scored(batch)
+        nll = F.cross_entropy(logits.float(), labels, reduction="none")
+        self.nll.update(nll)
+        self.accuracy.update((logits.argmax(-1) == labels).float())
+        self.nll_sum.update(nll.double().sum())
+        self.byte_sum.update(self._token_bytes(labels).sum())
+
+    def _token_bytes(self, labels: Tensor) -> Tensor:
+        """UTF-8 bytes of each label; zeros where the data is not text."""
+        tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)
+        if tokenizer is None:
+            return torch.zeros_like(labels)
+        return torch.as_tensor(tokenizer.token_bytes(), device=labels.device)[labels]
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _report(self, split: str) -> None:
+        """Logs loss (nats per token), accuracy and, for text, bits per byte; then forgets."""
+        values = {"loss": self.nll.compute(), "accuracy": self.accuracy.compute()}
+        if self.byte_sum.compute() > 0:
+            values["bits_per_byte"] = self.nll_sum.compute() / (self.byte_sum.compute() * math.log(2))
+        for name, value in values.items():
+            self.log(f"{split}/{name}", value.float(), prog_bar=name == "loss")
+        for metric in (self.nll, self.accuracy, self.nll_sum, self.byte_sum):
+            metric.reset()
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        decayed, free = [], []
+        for name, parameter in self.lm.named_parameters():
+            matrix = parameter.dim() >= 2 and not name.endswith(("A_log", "embedding.weight", "lm_head.weight"))
+            (decayed if matrix else free).append(parameter)
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": free, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _lr_share(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        total = max(1, self.trainer.estimated_stepping_batches - self.warmup_steps)
+        progress = min(1.0, (step - self.warmup_steps) / total)
+        return self.final_lr_share + (1 - self.final_lr_share) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[SPEC_KEY] = model_spec(self.lm)
+        checkpoint[LEDGER_KEY] = {"entries": list(self.ledger.entries.items()), "tokens": self.tokens_seen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get(SPEC_KEY) != model_spec(self.lm):
+            raise InputError("ckpt_path: the checkpoint holds another model than the config describes")
+        saved = checkpoint[LEDGER_KEY]
+        self.ledger.entries.clear()
+        self.ledger.entries.update(dict(saved["entries"]))
+        self.tokens_seen = saved["tokens"]

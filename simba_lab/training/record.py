@@ -1,0 +1,142 @@
+"""What a training run leaves in its folder, so that the folder describes itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from simba_lab.checkpoint import TOKENIZER_FILE, save_model
+from simba_lab.environment import command_line, describe
+from simba_lab.files import write_json, writing
+from simba_lab.kernels.cost import CONVENTION
+
+METRICS_FILE, RUN_FILE = "metrics.jsonl", "run.json"
+
+
+class MetricsFile(Logger):
+    """Lightning logger that appends one JSON object per logging call to ``metrics.jsonl``."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.path = folder / METRICS_FILE
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    def log_hyperparams(self, params: argparse.Namespace | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Nothing: the resolved config has its own file."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        row = {"step": step, **{key: value for key, value in metrics.items() if key != "epoch"}}
+        with open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Forget rows from ``step`` on: a resumed run writes them again."""
+        if not self.path.is_file():
+            return
+        rows = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) < step]
+        with writing(self.path) as partial:
+            partial.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+
+
+def _step(line: str) -> float:
+    """Step of a row; a row cut off by a crash counts as never written."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Checkpoints in ``checkpoints/`` of the run folder: the newest, and ``last.ckpt`` to resume from.
+
+    Args:
+        every_n_steps: steps between two checkpoints; a resumed run repeats at most that many.
+    """
+
+    def __init__(self, every_n_steps: int = 200) -> None:
+        super().__init__(
+            filename="step-{step:06d}", auto_insert_metric_name=False, save_last=True, save_top_k=1,
+            every_n_train_steps=every_n_steps, save_on_train_epoch_end=False,
+        )  # fmt: skip
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
+
+class RunRecord(Callback):
+    """Writes run.json (versions, seed, backend, FLOPs ledger, seconds), the tokenizer, and the weights at the end."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._seconds_before = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self._seconds()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._seconds_before = state["seconds"]
+
+    def _seconds(self) -> float:
+        return self._seconds_before + (time.monotonic() - self._started if self._started else 0.0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.monotonic()
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.rewind(trainer.global_step)
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            self._write(trainer, pl_module, "running")
+            tokenizer = getattr(trainer.datamodule, "tokenizer", None)
+            if tokenizer is not None:
+                with writing(folder / TOKENIZER_FILE) as partial:
+                    tokenizer.save(partial)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.interrupted:
+            save_model(Path(trainer.default_root_dir), pl_module.lm)
+            self._write(trainer, pl_module, "done")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.is_global_zero and self._started:
+            self._write(trainer, pl_module, "interrupted")
+
+    def _write(self, trainer: Trainer, module: LightningModule, status: str) -> None:
+        ledger = module.ledger
+        record = {
+            "status": status,
+            "command": command_line(),
+            "step": trainer.global_step,
+            "tokens": module.tokens_seen,
+            "seconds": round(self._seconds(), 2),
+            "training_flops": ledger.total,
+            "training_flops_by_op": ledger.by_op(),
+            "convention": CONVENTION,
+            "parameters": sum(p.numel() for p in module.lm.parameters()),
+            "backend": module.lm.backend.name,
+            "environment": describe(),
+        }
+        write_json(Path(trainer.default_root_dir) / RUN_FILE, record)
