@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,15 @@ def model_spec(model: LanguageModel) -> dict[str, Any]:
     return {"format": FORMAT, "model": model.config.to_dict(), "pruning": pruning}
 
 
-def model_from_spec(spec: Mapping[str, Any], source: str, weights: Mapping[str, Tensor], backend: str) -> LanguageModel:
-    """Model of a spec with the given weights. Raises InputError naming the first key that does not fit."""
-    if spec.get("format") != FORMAT or "model" not in spec:
+def model_from_spec(spec: Any, source: str, weights: Mapping[str, Tensor], backend: str) -> LanguageModel:
+    """Model of a spec with the given weights. Raises InputError naming the source and the first key that does not fit."""
+    if not isinstance(spec, Mapping) or spec.get("format") != FORMAT or not isinstance(spec.get("model"), Mapping):
         raise InputError(f"{source}: not a simba_lab model spec of format {FORMAT}")
-    config = ModelConfig.from_dict(spec["model"])
-    plan = None if spec.get("pruning") is None else PruningPlan.from_spec(spec["pruning"])
+    try:
+        config = ModelConfig.from_dict(spec["model"])
+        plan = None if spec.get("pruning") is None else PruningPlan.from_spec(spec["pruning"])
+    except (InputError, TypeError) as error:
+        raise InputError(f"{source}: {error}") from None
     with torch.device("meta"):
         model = LanguageModel(config, plan, backend, seed=None)
     _check_weights(model, weights, source)
@@ -103,17 +107,21 @@ def _load_folder(folder: Path, backend: str) -> LanguageModel:
 
 def _load_lightning(path: Path, backend: str) -> LanguageModel:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols of files that are refused anyway
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(f"checkpoint: {path} is not a plain checkpoint; loading it could execute code") from None
-    except (RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0] or "it ends too early"
         raise InputError(f"checkpoint: {path} is truncated or not a checkpoint: {reason}") from None
-    if not isinstance(checkpoint, dict) or SPEC_KEY not in checkpoint or "state_dict" not in checkpoint:
-        raise InputError(f"checkpoint: {path} was not written by simba_lab: it has no {SPEC_KEY}")
-    prefix = "lm."
-    weights = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items()}
+    if not isinstance(checkpoint, dict) or SPEC_KEY not in checkpoint or not _is_weights(checkpoint.get("state_dict")):
+        raise InputError(f"checkpoint: {path} was not written by simba_lab: it has no {SPEC_KEY} with weights")
+    weights = {key.removeprefix("lm."): value for key, value in checkpoint["state_dict"].items()}
     return model_from_spec(checkpoint[SPEC_KEY], str(path), weights, backend)
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(item, Tensor) for item in value.values())
 
 
 def tokenizer_path(path: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -171,16 +172,21 @@ def test_an_operation_without_a_cost_stops_the_count(criterion: type[Criterion],
         count_forward(model, 9, 1)
 
 
+def head_on(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Every model's head runs on a changed hidden stream."""
+    original = LanguageModel._head
+    monkeypatch.setattr(LanguageModel, "_head", lambda model, hidden, *others: original(model, change(hidden), *others))
+
+
 def test_an_operation_of_the_model_without_a_cost_stops_the_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """``relu`` is on fvcore's own list of operations to skip; it must not be on ours."""
-    monkeypatch.setattr("simba_lab.model.lm.add_residual", lambda hidden, residual: (residual + hidden).relu())
+    head_on(monkeypatch, torch.relu)
     with pytest.raises(UncountedOperation, match="aten::relu ran in model "):
         count_forward(on_meta(SMALL), 9, 1)
 
 
 def test_a_matrix_product_in_an_unknown_place_stops_the_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("simba_lab.model.lm.add_residual", lambda hidden, residual: hidden.transpose(1, 2) @ residual)
-    monkeypatch.setattr(LanguageModel, "_head", lambda model, hidden, residual: hidden.transpose(1, 2) @ residual)
+    head_on(monkeypatch, lambda hidden: hidden @ hidden.transpose(1, 2) @ hidden)
     with pytest.raises(UncountedOperation, match="matmul ran in model, where"):
         count_forward(on_meta(SMALL), 9, 1)
 

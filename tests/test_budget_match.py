@@ -173,6 +173,14 @@ def test_scoring_that_falls_away_does_not_confuse_the_solver() -> None:
         assert solve(arm, Budget(target, tolerance=1e-6)).flops == target
 
 
+def test_a_budget_that_bisection_steps_over_is_met() -> None:
+    """FLOPs pass this budget more than once; where bisection ends they jump from 2 % below it to above it."""
+    plan = PruningPlan(CRITERIA.build("global_impact"), SCHEDULES.construct(SCHEDULES.resolve("geometric"), {}))
+    arm = PrunedArm("arm", ModelConfig(4, 6, 16), 64, 2, plan)
+    budget = Budget(arm.turned(0.9192155606809305).flops, tolerance=0.001)
+    assert solve(arm, budget).flops == budget.flops
+
+
 def test_one_message_names_every_arm_its_flops_and_its_distance() -> None:
     shallow = DenseArm("shallow", TINY, 5, 2, turns="n_layer")
     arms = [ShorterContextArm("short", TINY, 50, 2), shallow, Arm("as it is", TINY, 5, 2)]

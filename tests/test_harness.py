@@ -173,8 +173,10 @@ def test_rolling_scores_every_token_once_after_what_precedes_it(n: int, length: 
     pairs = rolling_pairs(tokens, 0, length, suffix, dense)
     assert [token for pair in pairs for token in pair.continuation] == tokens
     for pair in pairs:
-        first = pair.continuation[0]
-        assert pair.context.tolist() == list(range(max(0, first - (length - suffix)), first))
+        block_starts = [(token - 1) // suffix * suffix + 1 for token in pair.continuation.tolist()]
+        oldest = {max(0, start - (length - suffix)) for start in block_starts}
+        assert oldest == {int(pair.context[0])}
+        assert pair.context.tolist() == list(range(int(pair.context[0]), int(pair.continuation[0])))
         assert len(pair.context) + len(pair.continuation) - 1 <= length
 
 

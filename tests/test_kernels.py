@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
@@ -15,6 +17,7 @@ from simba_lab.errors import InputError
 from simba_lab.kernels import available_backends, backend_names, cpu, reference, resolve
 
 SCAN = ("x", "dt", "dt_bias", "A", "B", "C", "D", "z", "initial")
+PER_TOKEN = ("x", "dt", "B", "C", "z")
 CONV = ("x", "weight", "bias", "initial")
 LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 127)
 CHANNELS = (1, 5, 31, 33, 63, 64, 65, 97, 128)
@@ -84,6 +87,11 @@ def compiled() -> None:
         impact_of(cpu, inputs(1, 2, 3, dtype=dtype))
 
 
+def channels_first(value: Tensor) -> Tensor:
+    """The same numbers in memory that runs (batch, channel, token)."""
+    return value.mT.contiguous().mT if value.ndim > 1 else value
+
+
 def impact_of(backend: ModuleType, signals: dict[str, Tensor], **options: object) -> Tensor:
     arguments = (signals[name] for name in ("x", "dt", "dt_bias", "A", "B"))
     return backend.global_impact(*arguments, signals["C"][:, -1], **options)
@@ -145,14 +153,15 @@ def test_any_memory_layout_gives_the_same_numbers(compiled, dtype: torch.dtype) 
     plain = outputs_and_gradients(cpu.selective_scan, {k: v.contiguous() for k, v in arguments.items()})
     layouts = {
         "slices": arguments,
-        "channels first": {k: v.transpose(-1, -2).contiguous().transpose(-1, -2) if v.ndim > 1 else v for k, v in arguments.items()},
-        "every second token": {k: v.repeat_interleave(2, 1)[:, ::2] if k in ("x", "dt", "B", "C", "z") else v for k, v in arguments.items()},
+        "channels first": {name: channels_first(value) for name, value in arguments.items()},
+        "every second token": {**arguments, **{k: arguments[k].repeat_interleave(2, 1)[:, ::2] for k in PER_TOKEN}},
     }
     for name, layout in layouts.items():
         for key, value in outputs_and_gradients(cpu.selective_scan, layout).items():
             assert torch.equal(value, plain[key]), f"{name}: {key}"
-    expanded = {**arguments, "x": arguments["x"][:1].expand(3, -1, -1)}
-    assert torch.equal(cpu.selective_scan(**expanded)[0], cpu.selective_scan(**{**expanded, "x": expanded["x"].contiguous()})[0])
+    expanded = arguments["x"][:1].expand(3, -1, -1)
+    outs = [cpu.selective_scan(**{**arguments, "x": x})[0] for x in (expanded, expanded.contiguous())]
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("step", [-200.0, -14.0, -1.0, 0.0, 50.0])
@@ -194,6 +203,17 @@ def test_results_do_not_depend_on_threads(compiled, dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_the_first_kernel_leaves_torchs_number_of_threads_alone() -> None:
+    """In a process of its own: Numba's OpenMP pool starts with the first kernel and sets the number for all."""
+    code = (
+        "import numba, torch; from simba_lab.kernels import cpu; torch.set_num_threads(1)\n"
+        "cpu.causal_conv(torch.ones(1, 3, 2), torch.ones(2, 4), torch.ones(2))\n"
+        "print(torch.get_num_threads(), numba.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "1 1\n"), done.stderr
+
+
 @pytest.mark.parametrize("backend", [cpu, reference], ids=["numba", "reference"])
 def test_a_sequence_in_pieces_equals_the_whole(backend: ModuleType) -> None:
     s, c = inputs(2, 41, 7), conv_inputs(2, 41, 7)
@@ -201,14 +221,13 @@ def test_a_sequence_in_pieces_equals_the_whole(backend: ModuleType) -> None:
     filtered, last = backend.causal_conv(**c)
     state, before, outs, convs = s["initial"], c["initial"], [], []
     for start, end in itertools.pairwise((0, 1, 2, 4, 37, 41)):  # pieces shorter and longer than the convolution
-        tokens = {name: s[name][:, start:end] for name in ("x", "dt", "B", "C", "z")}
+        tokens = {name: s[name][:, start:end] for name in PER_TOKEN}
         out, state = backend.selective_scan(**{**s, **tokens, "initial": state})
         conv, before = backend.causal_conv(c["x"][:, start:end], c["weight"], c["bias"], before)
         outs.append(out)
         convs.append(conv)
-    for got, expected in zip((*map(torch.cat, ([o.transpose(0, 1) for o in outs],)), state), (whole.transpose(0, 1), final), strict=True):
+    for got, expected in ((torch.cat(outs, 1), whole), (state, final), (torch.cat(convs, 1), filtered)):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(torch.cat(convs, 1), filtered, rtol=1e-12, atol=1e-13)
     assert torch.equal(before, last)
 
 
@@ -325,7 +344,9 @@ def test_backends_are_chosen_by_name_and_only_auto_may_choose() -> None:
     assert resolve("numba", "cpu").global_impact is cpu.global_impact
 
 
-@pytest.mark.parametrize(("name", "device", "says"), [("triton", "cpu", "auto, numba, reference"), ("numba", "cuda", "not for cuda")])
+@pytest.mark.parametrize(
+    ("name", "device", "says"), [("triton", "cpu", "auto, numba, reference"), ("numba", "cuda", "not for cuda")]
+)
 def test_a_backend_that_cannot_run_is_an_error(name: str, device: str, says: str) -> None:
     with pytest.raises(InputError, match=f"backend: '{name}'.*{says}"):
         resolve(name, device)

@@ -76,8 +76,9 @@ def test_keeping_everything_equals_dense_bit_for_bit(criterion: str, schedule: s
     protect=st.sampled_from([0.0, 0.5]), cuts=st.sets(st.integers(1, 4)), single=st.booleans(),
 )  # fmt: skip
 def test_one_pass_equals_prefill_and_decoding_in_any_pieces(
-    criterion: str, schedule: str, n_context: int, n_suffix: int, seed: int, protect: float, cuts: set[int], single: bool
-) -> None:
+    criterion: str, schedule: str, n_context: int, n_suffix: int, seed: int, protect: float, cuts: set[int],
+    single: bool,
+) -> None:  # fmt: skip
     lm = tiny_model(dtype=torch.float32 if single else torch.float64)
     sparse = pruned(lm, criterion, schedule, protect)
     tokens = random_tokens(2, n_context + n_suffix, seed)
@@ -151,9 +152,11 @@ def test_full_protocol_is_labelled_acausal_and_is() -> None:
     assert out.acausal and not sparse(tokens, n_context=15).acausal
     assert [kept.shape[1] for kept in out.kept] == sparse.keep_counts(20)
     assert torch.equal(out.positions, out.kept[-1]) and out.logits.shape[1] == sparse.keep_counts(20)[-1]
-    changed = tokens.clone()
-    changed[:, -1] = (changed[:, -1] + 1) % 19
-    assert any((a != b)[:, :-1].any() for a, b in zip(out.kept, sparse(changed, protocol="full").kept, strict=True))
+    earlier = set()
+    for last in range(19):
+        tokens[:, -1] = last
+        earlier.add(str([kept[:, :-1].tolist() for kept in sparse(tokens, protocol="full").kept]))
+    assert len(earlier) > 1  # the last token decides which of those before it are kept
 
 
 # 4. Batches and padding
@@ -165,7 +168,8 @@ def test_a_sequence_gives_the_same_alone_in_any_batch_and_with_padding(criterion
     sparse, tokens = pruned(tiny_model(), criterion, schedule), random_tokens(5, 24)
     together = sparse(tokens, n_context=19)
     padded = torch.cat([tokens, torch.zeros(5, 7, dtype=torch.int64)], dim=1)
-    for order, batch in (([3], tokens), ([4, 2, 0, 1, 3], tokens), ([1, 1], tokens), ([0, 1, 2, 3, 4], padded), ([2], padded)):
+    everyone = [4, 2, 0, 1, 3]
+    for order, batch in (([3], tokens), (everyone, tokens), ([1, 1], tokens), (everyone, padded), ([2], padded)):
         other = sparse(batch[order], n_context=19)
         assert all(torch.equal(a, b[order]) for a, b in zip(other.kept, together.kept, strict=True))
         close(other.logits[:, :6], together.logits[order])
@@ -221,7 +225,7 @@ def test_pruned_logits_kept_and_gradients_equal_the_slow_oracle(backend: str, cr
     lm.zero_grad()
     (out.logits * cotangent).sum().backward()
     for name, parameter in lm.named_parameters():
-        torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        assert torch.allclose(parameter.grad, weights[name].grad, rtol=1e-8, atol=1e-9), name
         assert parameter.grad.abs().max() > 0, name
 
 
@@ -234,9 +238,8 @@ def test_dense_equals_transformers(backend: str) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
     lm = tiny_model(dtype=torch.float32, backend=backend, d_model=20, d_state=5, vocab_size=24, n_layer=3)
-    twin = MambaForCausalLM(
-        MambaConfig(vocab_size=24, hidden_size=20, state_size=5, num_hidden_layers=3, time_step_rank=lm.config.rank, use_cache=False)
-    )
+    shape = {"vocab_size": 24, "hidden_size": 20, "state_size": 5, "num_hidden_layers": 3, "time_step_rank": 2}
+    twin = MambaForCausalLM(MambaConfig(**shape, use_cache=False))
     renamed = {name.replace("embedding.", "embeddings."): value for name, value in lm.state_dict().items()}
     twin.load_state_dict(renamed)
     tokens = random_tokens(2, 21, vocab_size=24)
@@ -366,7 +369,8 @@ def test_an_empty_sequence_is_refused() -> None:
     [
         ({"d_model": 0}, "model.d_model"), ({"n_layer": 2.5}, "model.n_layer"), ({"d_state": True}, "model.d_state"),
         ({"dt_rank": 0}, "model.dt_rank"), ({"dt_rank": "auto"}, "model.dt_rank"), ({"dt_rank": 1.5}, "model.dt_rank"),
-        ({"dt_min": 0.2, "dt_max": 0.1}, "model.dt_min"), ({"norm_eps": 0}, "norm_eps"), ({"d_modle": 8}, "model.d_modle"),
+        ({"dt_min": 0.2, "dt_max": 0.1}, "model.dt_min"), ({"norm_eps": 0}, "norm_eps"),
+        ({"d_modle": 8}, "model.d_modle"),
     ],
 )  # fmt: skip
 def test_a_wrong_model_key_is_named(values: dict, says: str) -> None:

@@ -19,7 +19,8 @@ def cases(draw: st.DrawFn) -> tuple[torch.Tensor, int, float]:
     """Scores (B, L) full of ties, k, protect_recent."""
     length = draw(st.integers(1, 12))
     rows = st.lists(FEW_VALUES | st.floats(-2, 2, width=32), min_size=length, max_size=length)
-    scores = torch.tensor(draw(st.lists(rows, min_size=1, max_size=3)), dtype=draw(st.sampled_from([torch.float32, torch.float64])))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    scores = torch.tensor(draw(st.lists(rows, min_size=1, max_size=3)), dtype=dtype)
     return scores, draw(st.integers(1, length)), draw(st.sampled_from([0.0, 0.1, 0.34, 0.5, 1.0]))
 
 

@@ -1,6 +1,6 @@
 """Compute as a budget: the counter that checks the closed form, and the solver that makes arms cost the same."""
 
-from simba_lab.budget.account import Account, account
+from simba_lab.budget.accounting import Account, account
 from simba_lab.budget.arms import Arm, DenseArm, PrunedArm, ShorterContextArm, TrainedArm
 from simba_lab.budget.count import CostMismatch, count_forward, verify
 from simba_lab.budget.match import Budget, Solution, check_realised, closest, match, solve

@@ -135,7 +135,7 @@ def closest(arm: Arm, budget: Budget) -> Solution:
     _check_rising(arm, [low, high])
     visited = [low, high, *_bisection(low, high, budget.flops)]
     best = _nearest(visited, budget.flops)
-    if not budget.admits(best.flops) and False:
+    if not budget.admits(best.flops) and isinstance(arm, PrunedArm):
         best = _exhaustive(low, high, best, budget)
     flops = [point.flops for point in visited]
     return Solution(best.arm, best.flops, min(flops), max(flops))

@@ -37,15 +37,18 @@ _INTEGER_ONLY = "__and__ __lshift__ __or__ __rshift__ __xor__ eq floor_divide ge
 
 _FLOATING = {"Half", "BFloat16", "Float", "Double", "ComplexFloat", "ComplexDouble"}
 
-FREE = frozenset(f"aten::{name}" for name in f"{_MOVES} {_BY_CONVENTION}".split())
+FREE = frozenset({"simba_lab::add_rms_norm"} | {f"aten::{name}" for name in f"{_MOVES} {_BY_CONVENTION}".split()})
 
 
 def handles() -> dict[str, Handle]:
     """Operation -> handle from its traced inputs and outputs to multiply-adds (FLOPs / 2, so halves occur).
 
-    Shapes come from the trace and formulas from the op's own cost; matrix products keep fvcore's handles.
+    Shapes come from the trace and formulas from the op's own cost; matrix products have fvcore's handles.
     """
+    from fvcore.nn.jit_handles import linear_flop_jit
+
     table: dict[str, Handle] = {
+        "simba_lab::linear": linear_flop_jit,
         "simba_lab::causal_conv": _causal_conv,
         "simba_lab::selective_scan": _selective_scan,
         "simba_lab::global_impact": _global_impact,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from simba_lab.budget.account import UNIT, Account, Pass, account, readable
+from simba_lab.budget.accounting import UNIT, Account, Pass, account, readable
 from simba_lab.checkpoint import load
 from simba_lab.errors import InputError
 from simba_lab.kernels.cost import CONVENTION

@@ -119,4 +119,4 @@ def by_distance(nll: NDArray[np.float32], windows: EvalWindows, edges: Sequence[
 def distance_edges(reach: int, n_context: int) -> list[int]:
     """Powers of four up to the reach of the shorter context, the reach, and half-way from there to the context's end."""
     powers = [4**power for power in range(1, 12) if 4**power < reach]
-    return [*powers, *(edge for edge in (reach, (reach + n_context) // 2) if edge > max(powers, default=1))]
+    return sorted({*powers, reach, (reach + n_context) // 2} - {1})

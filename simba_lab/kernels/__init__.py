@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -21,6 +21,8 @@ class Backend:
     """One implementation of every op; signatures and meaning are those of :mod:`simba_lab.kernels.reference`."""
 
     name: str
+    linear: Callable
+    add_rms_norm: Callable
     selective_scan: Callable
     causal_conv: Callable
     global_impact: Callable
@@ -73,4 +75,5 @@ def resolve(name: str, device: str) -> Backend:
     if reasons[name] is not None:
         raise InputError(f"backend: {name!r} cannot run on {device}: {reasons[name]}")
     module = importlib.import_module(_BACKENDS[name][0])
-    return Backend(name, module.selective_scan, module.causal_conv, module.global_impact)
+    ops = (field.name for field in fields(Backend) if field.name != "name")
+    return Backend(name, **{op: getattr(module, op) for op in ops})

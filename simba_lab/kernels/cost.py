@@ -34,7 +34,7 @@ def selective_scan(tokens: int, channels: int, states: int) -> int:
 
 
 def global_impact(tokens: int, channels: int, states: int, gated: bool, reduce: str) -> int:
-    """Per channel and state: exponent, exp, multiply, add; per state: B C; per channel: sum of steps, two products, max.
+    """Per channel and state: exponent, exp, multiply, add; per state: B C; per channel: step sum, two products, max.
 
     A gate adds a product per channel, the L2 reduction one more (square and add instead of a comparison).
     """

@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simba_lab.kernels.cpu_dense import add_rms_norm as add_rms_norm
+from simba_lab.kernels.cpu_dense import linear as linear
+from simba_lab.kernels.cpu_dense import use_torch_threads
+
 _COMPUTE = {torch.float32: torch.float32, torch.float64: torch.float64}
 
 
@@ -36,13 +40,6 @@ def _array(t: Tensor):  # noqa: ANN202 - numpy array sharing the memory of a con
     return t.detach().contiguous().numpy()
 
 
-def _use_torch_threads() -> None:
-    """Numba follows ``torch.set_num_threads``, so that one setting rules the process."""
-    import numba
-
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-
-
 def _scan_outputs(x: Tensor, A: Tensor, initial: Tensor, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Unfilled output (B, L, D), final state (B, D, N) and, if wanted, states at the starts of chunks, by block."""
     from simba_lab.kernels import cpu_scan
@@ -60,7 +57,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from simba_lab.kernels import cpu_scan
 
-    _use_torch_threads()
+    use_torch_threads()
     out, final, starts = _scan_outputs(x, A, initial, keep_states)
     (x_, dt_, B_, C_, z_), strides = _flat(x, dt, B, C, z)
     cpu_scan.forward(
@@ -82,7 +79,7 @@ def _scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from simba_lab.kernels import cpu_scan
 
-    _use_torch_threads()
+    use_torch_threads()
     batch, length, channels = x.shape
     states, blocks = A.shape[1], starts.shape[2]
     dx, ddt, dz = (x.new_empty(batch, length, channels) for _ in range(3))
@@ -101,10 +98,13 @@ def _scan_backward(
 def _scan_context(ctx, inputs, output) -> None:  # noqa: ANN001
     *tensors, _, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)
 
 
 def _scan_gradients(ctx, dout, dfinal, _):  # noqa: ANN001, ANN202
+    x, A = ctx.saved_tensors[0], ctx.saved_tensors[3]
+    dout = x.new_zeros(x.shape) if dout is None else dout
+    dfinal = x.new_zeros(x.shape[0], *A.shape) if dfinal is None else dfinal
     return *_scan_backward(*ctx.saved_tensors, dout, dfinal), None
 
 
@@ -130,7 +130,7 @@ def selective_scan(
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor) -> Tensor:
     from simba_lab.kernels import cpu_conv
 
-    _use_torch_threads()
+    use_torch_threads()
     out = x.new_empty(x.shape)
     (x_,), strides = _flat(x)
     cpu_conv.forward(x_, strides[0], _array(weight.t()), _array(bias), _array(initial), out.numpy())
@@ -148,7 +148,7 @@ def _conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from simba_lab.kernels import cpu_conv
 
-    _use_torch_threads()
+    use_torch_threads()
     batch, length, channels = x.shape
     jobs = batch * -(-length // cpu_conv.STRETCH)
     dinner, dx = x.new_empty(2, batch, length, channels).unbind()
@@ -196,7 +196,7 @@ def _impact(
 
     from simba_lab.kernels import cpu_impact
 
-    _use_torch_threads()
+    use_torch_threads()
     batch, length, channels = x.shape
     partial = x.new_empty(batch, -(-channels // cpu_impact.WIDTH), length)
     (x_, dt_, B_), strides = _flat(x, dt, B)

@@ -18,6 +18,18 @@ _inner = numba.njit(fastmath=FAST, error_model="numpy")
 
 
 @_inner
+def _row(x, strides, initial, i, source):
+    """Inputs (D,) of token ``source``, which is one of the initial ones if negative.
+
+    Indexed from 0 by loops, so that the compiler can tell that no index is negative and use vector instructions.
+    """
+    if source < 0:
+        return initial[i, source + initial.shape[1]]
+    at = i * strides[0] + source * strides[1]
+    return x[at : at + initial.shape[2]]
+
+
+@_inner
 def _preactivation(x, strides, weight, bias, initial, i, t, total):
     """``total`` (D,) = bias + sum over taps, for token t of sequence i."""
     width, channels = weight.shape
@@ -25,13 +37,9 @@ def _preactivation(x, strides, weight, bias, initial, i, t, total):
         total[d] = bias[d]
     for tap in range(width):
         source = t + tap - (width - 1)
-        if source >= 0:
-            at = i * strides[0] + source * strides[1]
-            for d in range(channels):
-                total[d] += weight[tap, d] * x[at + d]
-        else:
-            for d in range(channels):
-                total[d] += weight[tap, d] * initial[i, source + width - 1, d]
+        row = _row(x, strides, initial, i, source)
+        for d in range(channels):
+            total[d] += weight[tap, d] * row[d]
 
 
 @_compile
@@ -45,8 +53,9 @@ def forward(x, strides, weight, bias, initial, out):
         total = np.empty(channels, out.dtype)
         for t in range(first, min(first + STRETCH, length)):
             _preactivation(x, strides, weight, bias, initial, i, t, total)
+            out_row = out[i, t]
             for d in range(channels):
-                out[i, t, d] = total[d] * sigmoid(total[d], one)
+                out_row[d] = total[d] * sigmoid(total[d], one)
 
 
 @_compile
@@ -63,18 +72,17 @@ def backward(x, strides, weight, bias, initial, dout, dinner, dweight, dbias):
         dbias[job] = 0
         for t in range(first, min(first + STRETCH, length)):
             _preactivation(x, strides, weight, bias, initial, i, t, total)
+            dout_row, dinner_row, dbias_job = dout[i, t], dinner[i, t], dbias[job]
             for d in range(channels):
                 opened = sigmoid(total[d], one)
                 slope = opened * (one + total[d] * (one - opened))
-                total[d] = dout[i, t, d] * slope
-                dinner[i, t, d] = total[d]
-                dbias[job, d] += total[d]
+                total[d] = dout_row[d] * slope
+                dinner_row[d] = total[d]
+                dbias_job[d] += total[d]
             for tap in range(width):
-                source = t + tap - (width - 1)
-                at = i * strides[0] + source * strides[1]
+                row, dweight_tap = _row(x, strides, initial, i, t + tap - (width - 1)), dweight[job, tap]
                 for d in range(channels):
-                    before = x[at + d] if source >= 0 else initial[i, source + width - 1, d]
-                    dweight[job, tap, d] += total[d] * before
+                    dweight_tap[d] += total[d] * row[d]
 
 
 @_compile
@@ -91,8 +99,9 @@ def spread(dinner, weight, dx, dinitial):
             for tap in range(width):
                 t = source + (width - 1) - tap
                 if t >= 0 and t < length:
+                    dinner_row = dinner[i, t]
                     for d in range(channels):
-                        total[d] += weight[tap, d] * dinner[i, t, d]
+                        total[d] += weight[tap, d] * dinner_row[d]
             if source >= 0:
                 dx[i, source] = total
             else:

@@ -35,23 +35,29 @@ def scores(x, dt, dt_bias, A, B, C_boundary, gate, strides, reduce, vanished, pa
         first = block * WIDTH
         used = min(WIDTH, channels - first)
         A_block = np.zeros((states, WIDTH), partial.dtype)
-        later, total, x_t, delta_t = np.zeros((4, WIDTH), partial.dtype)
+        later = np.zeros(WIDTH, partial.dtype)
+        total = np.zeros(WIDTH, partial.dtype)
+        x_t = np.zeros(WIDTH, partial.dtype)
+        delta_t = np.zeros(WIDTH, partial.dtype)
         alive = np.ones(states, np.bool_)
         for d in range(used):
             for n in range(states):
                 A_block[n, d] = A[first + d, n]
+        gate_row, bias_row, C_row = gate[i, first : first + used], dt_bias[first : first + used], C_boundary[i]
         for t in range(length - 1, -1, -1):
             x_at = i * strides[0, 0] + t * strides[0, 1] + first
             dt_at = i * strides[1, 0] + t * strides[1, 1] + first
             B_at = i * strides[2, 0] + t * strides[2, 1]
+            # Rows are indexed from 0, so that the compiler can tell that no index is negative.
+            x_row, dt_row, B_row = x[x_at : x_at + used], dt[dt_at : dt_at + used], B[B_at : B_at + states]
             for d in range(used):
-                x_t[d] = x[x_at + d] * gate[i, first + d]
-                delta_t[d] = softplus(dt[dt_at + d] + dt_bias[first + d], one)
+                x_t[d] = x_row[d] * gate_row[d]
+                delta_t[d] = softplus(dt_row[d] + bias_row[d], one)
             for d in range(WIDTH):
                 total[d] = 0
             for n in range(states):
                 if alive[n]:
-                    weight = B[B_at + n] * C_boundary[i, n]
+                    weight = B_row[n] * C_row[n]
                     for d in range(WIDTH):
                         total[d] += exp(later[d] * A_block[n, d]) * weight
             best = lowest if reduce == MAX else zero

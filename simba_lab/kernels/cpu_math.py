@@ -34,7 +34,7 @@ def _float_of_bits(typing_context, bits):  # noqa: ANN001, ANN202 - numba's own 
     return types.float32(types.int32), build
 
 
-@numba.njit(fastmath=FAST - {"reassoc"})  # reordering would undo the two-part ln 2
+@numba.njit(fastmath=FAST - {"reassoc"}, error_model="numpy")  # reordering would undo the two-part ln 2
 def _exp32(x):
     # Not min and max, whose care for NaN would stop vectorisation. A NaN fails both comparisons and goes on.
     x = EXP_LOW if x < EXP_LOW else x
@@ -51,7 +51,7 @@ def _exp32(x):
     return p * _float_of_bits(np.int32((np.int32(k) + np.int32(127)) << np.int32(23)))
 
 
-@numba.njit(fastmath=FAST)
+@numba.njit(fastmath=FAST, error_model="numpy")  # a check for division by zero would stop vectorisation
 def _log1p32(u):
     """log(1 + u) for u in [0, 1]: 2 artanh(u / (2 + u)), whose series in s <= 1/3 converges fast."""
     s = u / (f32(2.0) + u)
@@ -89,12 +89,12 @@ def _log1p(u):  # noqa: ANN001, ANN202
     return lambda u: math.log1p(u)
 
 
-@numba.njit(fastmath=FAST)
+@numba.njit(fastmath=FAST, error_model="numpy")  # a check for division by zero would stop vectorisation
 def softplus(x, one):
     """log(1 + exp(x)) without overflow; ``one`` is 1 in the dtype of x, which keeps fp32 from widening."""
     return (x if x > 0 else one - one) + log1p(exp(-abs(x)))
 
 
-@numba.njit(fastmath=FAST)
+@numba.njit(fastmath=FAST, error_model="numpy")  # a check for division by zero would stop vectorisation
 def sigmoid(x, one):
     return one / (one + exp(-x))

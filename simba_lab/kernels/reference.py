@@ -28,6 +28,11 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x`` (..., d_in) times ``weight`` (d_out, d_in) transposed: (..., d_out)."""
+    return F.linear(x, weight)
+
+
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution followed by SiLU (Mamba section 3.4).
 

@@ -50,8 +50,8 @@ class ModelConfig:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"model.{key} must be an integer of at least 1, got {value!r}")
-        if self.dt_rank is not None and self.dt_rank < 1:
-            raise InputError(f"model.dt_rank must be at least 1 or null, got {self.dt_rank}")
+        if self.dt_rank is not None and (not isinstance(self.dt_rank, int) or self.dt_rank < 1):
+            raise InputError(f"model.dt_rank must be an integer of at least 1 or null, got {self.dt_rank!r}")
         if not 0 < self.dt_min <= self.dt_max:
             raise InputError(f"model.dt_min must lie in (0, dt_max], got {self.dt_min} with dt_max {self.dt_max}")
         if self.dt_init_floor <= 0 or self.norm_eps <= 0:

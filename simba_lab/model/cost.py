@@ -38,7 +38,8 @@ class Breakdown:
 
     def training(self) -> Breakdown:
         """Forward plus backward: three times every op that carries gradients; scoring and selection carry none."""
-        return Breakdown({key: flops * (1 if key[1] in ("score", "select") else 3) for key, flops in self.entries.items()})
+        passes = {"score": 1, "select": 1}
+        return Breakdown({(layer, op): passes.get(op, 3) * flops for (layer, op), flops in self.entries.items()})
 
 
 def layer_flops(config: ModelConfig, tokens: int) -> dict[str, int]:

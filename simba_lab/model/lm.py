@@ -1,4 +1,4 @@
-"""The language model: embedding, Mamba layers with pruning between them, head. Dense is the special case of no pruning."""
+"""The language model: embedding, Mamba layers with pruning between them, head. Dense is the case of no pruning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simba_lab.kernels.cost import charge, is_recording, select
 from simba_lab.kernels.reference import gather_tokens
 from simba_lab.model.config import ModelConfig
 from simba_lab.model.cost import Breakdown, forward_flops
-from simba_lab.model.mamba import Block, LayerState, MixerSignals, Projection, RMSNorm, add_residual, initialise_mixer
+from simba_lab.model.mamba import Block, LayerState, MixerSignals, Projection, RMSNorm, initialise_mixer
 from simba_lab.pruning import PruningPlan, ScoredShape, Signals, select_index
 from simba_lab.pruning.criteria import checked_scores, sequence_key
 from simba_lab.registry import Spec
@@ -154,7 +154,11 @@ class LanguageModel(nn.Module):
         if protocol not in PROTOCOLS or head not in HEADS:
             raise InputError(f"protocol must be one of {PROTOCOLS} and head one of {HEADS}, got {protocol!r}, {head!r}")
         length = tokens.shape[1]
+        if length < 1:
+            raise InputError("tokens must hold at least one token per sequence")
         if protocol == "full":
+            if n_context is not None:
+                raise InputError("n_context does not go with protocol full, which prunes the whole sequence")
             return length, "all"
         if n_context is None:
             if self.pruning is not None:
@@ -201,7 +205,8 @@ class LanguageModel(nn.Module):
         return chosen
 
     def _head(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        return self.lm_head(self.backbone.norm_f(add_residual(hidden, residual)))
+        normed, _ = self.backbone.norm_f(hidden, residual, self.backend)
+        return self.lm_head(normed, self.backend)
 
     def prefill(self, context: Tensor) -> Output:
         """The context alone (B, T), pruned: logits (B, 1, V) at the boundary and the states to decode from."""

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simba_lab.kernels import Backend
@@ -34,35 +33,34 @@ class MixerSignals:
 
 
 class Projection(nn.Linear):
-    """Linear layer whose product is charged to the open ledger under its own name.
+    """Matrix product charged to the open ledger under its own name.
 
-    ``add_bias`` False leaves the bias to whoever consumes the output (the scan adds that of ``dt_proj``).
+    A bias, where there is one, is left to whoever consumes the output: the scan adds that of ``dt_proj``.
     """
 
-    def __init__(self, name: str, layer: int, d_in: int, d_out: int, bias: bool = False, add_bias: bool = True) -> None:
+    def __init__(self, name: str, layer: int, d_in: int, d_out: int, bias: bool = False) -> None:
         super().__init__(d_in, d_out, bias=bias)
-        self.op, self.layer, self.add_bias = name, layer, add_bias
+        self.op, self.layer = name, layer
 
     def reset_parameters(self) -> None:
-        """Weights are set once, by :func:`simba_lab.model.init.initialise`."""
+        """Weights are set once, by the model's own initialisation."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.linear(x, self.weight, self.bias if self.add_bias else None)
+    def forward(self, x: Tensor, backend: Backend) -> Tensor:
+        out = backend.linear(x, self.weight)
         charge(self.layer, self.op, linear(x.numel() // self.in_features, self.in_features, self.out_features), out)
         return out
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) * weight``, computed in fp32 at least."""
+    """Residual addition and RMS norm: (normed, new residual stream), the stream in fp32 at least."""
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        wide = self.weight.to(x.dtype)
-        return F.rms_norm(x, (x.shape[-1],), wide, self.eps).to(self.weight.dtype)
+    def forward(self, hidden: Tensor, residual: Tensor | None, backend: Backend) -> tuple[Tensor, Tensor]:
+        return backend.add_rms_norm(hidden, residual, self.weight, self.eps)
 
 
 class Mixer(nn.Module):
@@ -81,7 +79,7 @@ class Mixer(nn.Module):
         self.conv1d.weight = nn.Parameter(torch.empty(inner, 1, config.d_conv))
         self.conv1d.bias = nn.Parameter(torch.empty(inner))
         self.x_proj = Projection("x_proj", layer, inner, rank + 2 * states)
-        self.dt_proj = Projection("dt_proj", layer, rank, inner, bias=True, add_bias=False)
+        self.dt_proj = Projection("dt_proj", layer, rank, inner, bias=True)
         self.A_log = nn.Parameter(torch.empty(inner, states))
         self.D = nn.Parameter(torch.empty(inner))
         self.out_proj = Projection("out_proj", layer, inner, config.d_model)
@@ -95,19 +93,19 @@ class Mixer(nn.Module):
         self, hidden: Tensor, backend: Backend, state: LayerState | None = None
     ) -> tuple[Tensor, LayerState, MixerSignals]:
         tokens = hidden.shape[0] * hidden.shape[1]
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        x, z = self.in_proj(hidden, backend).chunk(2, dim=-1)
         weight = self.conv1d.weight[:, 0]
         x, conv = backend.causal_conv(x, weight, self.conv1d.bias, state.conv if state else None)
         charge(self.layer, "causal_conv", causal_conv(tokens, *weight.shape), x)
-        dt, B, C = self.x_proj(x).split(self.split, dim=-1)
-        dt = self.dt_proj(dt)
+        dt, B, C = self.x_proj(x, backend).split(self.split, dim=-1)
+        dt = self.dt_proj(dt, backend)
         y, ssm = backend.selective_scan(x, dt, self.dt_proj.bias, self.A, B, C, self.D, z, state.ssm if state else None)
         charge(self.layer, "selective_scan", selective_scan(tokens, *self.A_log.shape), y)
-        return self.out_proj(y), LayerState(conv, ssm), MixerSignals(x, dt, B, C, z)
+        return self.out_proj(y, backend), LayerState(conv, ssm), MixerSignals(x, dt, B, C, z)
 
 
 class Block(nn.Module):
-    """Residual add, norm, mixer: (hidden, residual) in, (hidden, residual) out, the residual stream in fp32 at least."""
+    """Residual add, norm, mixer: (hidden, residual) in and out, the residual stream in fp32 at least."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -117,20 +115,14 @@ class Block(nn.Module):
     def forward(
         self, hidden: Tensor, residual: Tensor | None, backend: Backend, state: LayerState | None = None
     ) -> tuple[Tensor, Tensor, LayerState, MixerSignals]:
-        residual = add_residual(hidden, residual)
-        hidden, state, signals = self.mixer(self.norm(residual), backend, state)
+        normed, residual = self.norm(hidden, residual, backend)
+        hidden, state, signals = self.mixer(normed, backend, state)
         return hidden, residual, state, signals
-
-
-def add_residual(hidden: Tensor, residual: Tensor | None) -> Tensor:
-    """The residual stream after adding ``hidden``; fp32 for half-precision models, so that depth does not erode it."""
-    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    return wide if residual is None else residual + wide
 
 
 @torch.no_grad()
 def initialise_mixer(mixer: Mixer, config: ModelConfig, generator: torch.Generator) -> None:
-    """Mamba's own initialisation (section 3.6 and appendix): A real S4D, log-uniform steps, scaled output projection."""
+    """Mamba's own initialisation (section 3.6, appendix): A real S4D, log-uniform steps, scaled output projection."""
     inner, states = config.d_inner, config.d_state
     uniform_linear(mixer.in_proj.weight, config.d_model, generator)
     uniform_linear(mixer.x_proj.weight, inner, generator)

@@ -139,7 +139,7 @@ class Geometric(KeepSchedule):
 
 @SCHEDULES.register("highway_top")
 class HighwayTop(KeepSchedule):
-    """Dense below ``from_layer`` (a share of the depth in (0, 1), or a layer index of 1 or more), ``keep`` from it on."""
+    """Dense below ``from_layer`` (a share of the depth in (0, 1), or a layer index of 1 or more), then ``keep``."""
 
     knob = "keep"
 
@@ -154,7 +154,8 @@ class HighwayTop(KeepSchedule):
     def shares(self, n_layers: int) -> list[float]:
         first = round(self.from_layer * n_layers) if self.from_layer < 1 else int(self.from_layer)
         if not 1 <= first < n_layers:
-            raise InputError(f"schedule highway_top: from_layer {self.from_layer} leaves no layer of {n_layers} to prune")
+            where = f"from_layer {self.from_layer} leaves no layer of {n_layers} to prune"
+            raise InputError(f"schedule highway_top: {where}")
         return [1.0 if layer < first else float(self.keep) for layer in range(n_layers)]
 
 

@@ -91,14 +91,14 @@ class _Sweep:
 
     def run(self) -> Path:
         search = self._search() if self.config.search else None
-        arms = self.plan.arms
+        arms, planned = self.plan.arms, self.plan.solutions()
         stored = []
         study = open_study(self.folder, "arms")
         with SweepProgress(len(arms) * len(self.windows), self.say) as progress:
             for arm in arms:
                 stored.append(self._measure(arm, study, [a.name for a in arms], progress))
         matched = {arm.name: kept.flops for arm, kept in zip(arms, stored, strict=True) if arm.matched}
-        check_realised(self.plan.solutions(), matched, self.plan.budget)
+        check_realised(planned, matched, self.plan.budget)
         runs = [str(self.store.path(arm.name).relative_to(self.folder)) for arm in arms]
         self.say("comparing the arms")
         results = assemble(self.name, self.config, self.plan, stored, runs, self.windows, search)

@@ -11,6 +11,7 @@ from typing import Any
 from optuna.trial import Trial
 
 from simba_lab.budget import PrunedArm, solve
+from simba_lab.checkpoint import SPEC_FILE, WEIGHTS_FILE
 from simba_lab.data import EvalWindows
 from simba_lab.evaluate.windows import far_face, plain_face, score_windows
 from simba_lab.model import LanguageModel
@@ -53,8 +54,7 @@ def search_best_curve(
         trial.set_constraint("flops", abs(plan.budget.distance(scores.flops)) - plan.budget.tolerance)
         return quality if settings.objective == "quality" else far
 
-    key = digest(config.to_dict()["search"], plan.budget.flops, config.n_context, config.n_suffix, windows.tokens.numpy(),
-                 base.folder / "model.safetensors")  # fmt: skip
+    key = _study_key(config, plan, base, windows)
     study = open_study(folder, f"search-{key[:12]}")
     with SweepProgress(settings.trials * len(windows), say) as progress:
         progress.skip("earlier trials", len(windows) * sum(row["value"] is not None for row in trial_rows(study)))
@@ -62,6 +62,13 @@ def search_best_curve(
         best = search_curves(study, anchors, names, settings.lowest, settings.trials, settings.seed, measure)
     record = {"trials": trial_rows(study), "best": best.number, "split": settings.split, "windows": len(windows)}
     return record, PlannedArm(ARM_NAME, "pruned", arm_at(best.params), base)
+
+
+def _study_key(config: SweepConfig, plan: SweepPlan, base: Experiment, windows: EvalWindows) -> str:
+    """Changes with whatever decides a trial's value or the order of suggestions; more trials go on in the same study."""
+    settings = {key: value for key, value in config.to_dict()["search"].items() if key != "trials"}
+    sizes = (plan.budget.flops, plan.budget.tolerance, config.n_context, config.n_suffix)
+    return digest(settings, sizes, windows.tokens.numpy(), base.folder / SPEC_FILE, base.folder / WEIGHTS_FILE)
 
 
 def curve_values(drops: list[float]) -> list[float]:

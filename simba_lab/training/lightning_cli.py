@@ -53,11 +53,19 @@ def _shortened(message: str) -> str:
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Saves the resolved config of a fit; the other subcommands leave the run folder's own alone."""
+    """Saves the resolved config of a fit; the other subcommands leave the run folder's own alone.
+
+    What only ``fit`` understands, where it resumed, is left out: the file is an experiment file like any other.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LanguageModeling, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Nothing yet: a checkpoint that does not fit must leave the folder as it was."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LanguageModeling) -> None:
+        self.config = self.config.clone()
+        for key in ("ckpt_path", "weights_only"):
+            self.config.pop(key, None)
+        super().setup(trainer, pl_module, "fit")
 
 
 class Cli(LightningCLI):
@@ -122,6 +130,11 @@ def run_cli(arguments: Sequence[str], run: bool = True) -> Cli:
         if mistake is None:
             raise
         raise mistake from None
+    except SystemExit as stop:
+        # Lightning shuts down after Ctrl-C and then exits with 1, as after an error.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
 
 
 @dataclass(frozen=True)
