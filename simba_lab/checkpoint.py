@@ -35,7 +35,7 @@ def model_spec(model: LanguageModel) -> dict[str, Any]:
 
 
 def model_from_spec(spec: Any, source: str, weights: Mapping[str, Tensor], backend: str) -> LanguageModel:
-    """Model of a spec with the given weights. Raises InputError naming the source and the first key that does not fit."""
+    """Model of a spec with the given weights. Raises InputError naming the source and the key that does not fit."""
     if not isinstance(spec, Mapping) or spec.get("format") != FORMAT or not isinstance(spec.get("model"), Mapping):
         raise InputError(f"{source}: not a simba_lab model spec of format {FORMAT}")
     try:
@@ -61,9 +61,8 @@ def _check_weights(model: LanguageModel, weights: Mapping[str, Tensor], source: 
         if key not in expected:
             raise InputError(f"{source}: the weight {key} {tuple(weight.shape)} is not part of the model")
         if weight.shape != expected[key].shape:
-            raise InputError(
-                f"{source}: the weight {key} has shape {tuple(weight.shape)}, the model wants {tuple(expected[key].shape)}"
-            )
+            wanted = tuple(expected[key].shape)
+            raise InputError(f"{source}: the weight {key} has shape {tuple(weight.shape)}, the model wants {wanted}")
 
 
 def save_model(folder: Path, model: LanguageModel) -> None:

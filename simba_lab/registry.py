@@ -64,12 +64,15 @@ class Registry(Generic[T]):
                 f"{self.kind}: {name!r} is unknown{hint}; use one of {', '.join(self.names())}, or a class path"
             )
         module, _, attribute = name.rpartition(".")
+        if not all(name.split(".")):
+            raise InputError(f"{self.kind}: {name!r} is no class path; one looks like my_file.MyClass")
         try:
-            cls = getattr(importlib.import_module(module), attribute)
-        except ImportError as error:
-            raise InputError(f"{self.kind}: cannot import {module!r} of class path {name!r}: {error}") from None
-        except AttributeError:
-            raise InputError(f"{self.kind}: module {module!r} has no class {attribute!r}") from None
+            cls = getattr(importlib.import_module(module), attribute, None)
+        except Exception as error:  # whatever the user's module does when it is imported
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise InputError(f"{self.kind}: cannot import {module!r} of class path {name!r}: {reason}") from error
+        if cls is None:
+            raise InputError(f"{self.kind}: module {module!r} has no class {attribute!r}")
         if not (isinstance(cls, type) and issubclass(cls, self.base)):
             raise InputError(f"{self.kind}: {name!r} is not a subclass of {self.base.__module__}.{self.base.__name__}")
         return cls
@@ -89,8 +92,13 @@ class Registry(Generic[T]):
             raise InputError(f"{self.kind}: expected a name or class_path + init_args, got {spec!r}")
         unknown = set(spec) - {"class_path", "init_args"}
         if unknown or "class_path" not in spec:
-            raise InputError(f"{self.kind}: expected the keys class_path and init_args, got {', '.join(map(str, spec))}")
-        return spec["class_path"], dict(spec.get("init_args") or {})
+            raise InputError(
+                f"{self.kind}: expected the keys class_path and init_args, got {', '.join(map(str, spec))}"
+            )
+        class_path, init_args = spec["class_path"], spec.get("init_args") or {}
+        if not isinstance(class_path, str) or not isinstance(init_args, Mapping):
+            raise InputError(f"{self.kind}: class_path must be a name and init_args a mapping, got {dict(spec)!r}")
+        return class_path, dict(init_args)
 
     def construct(self, cls: type[T], init_args: Mapping[str, Any]) -> T:
         """``cls(**init_args)``, unknown and missing arguments named."""
@@ -116,6 +124,12 @@ class Registry(Generic[T]):
         return dict(list(inspect.signature(cls.__init__).parameters.items())[1:])
 
     def spec(self, obj: T) -> dict[str, Any]:
-        """Plain data from which :meth:`build` makes an equal object."""
-        arguments = {key: getattr(obj, key) for key in self.arguments(type(obj))}
-        return {"class_path": self.name_of(obj), "init_args": arguments}
+        """Plain data from which :meth:`build` makes an equal object.
+
+        Raises InputError for a class that does not keep an argument under its name.
+        """
+        arguments = self.arguments(type(obj))
+        for key in arguments:
+            if not hasattr(obj, key):
+                raise InputError(f"{self.kind} {self.name_of(obj)}: __init__ must keep its argument as self.{key}")
+        return {"class_path": self.name_of(obj), "init_args": {key: getattr(obj, key) for key in arguments}}

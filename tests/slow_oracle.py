@@ -95,9 +95,7 @@ class Trace:
     kept: list[list[int]]
 
 
-def run(
-    weights: Mapping[str, Tensor], config: ModelConfig, tokens: Tensor, n_context: int, choose: Choice
-) -> Trace:
+def run(weights: Mapping[str, Tensor], config: ModelConfig, tokens: Tensor, n_context: int, choose: Choice) -> Trace:
     """One sequence (L,) through the pruned model; ``choose`` names the places (not positions) that go on."""
     stream = weights["backbone.embedding.weight"][tokens]
     positions, kept = list(range(n_context)), []

@@ -121,14 +121,15 @@ class Trap:
 
 @pytest.mark.parametrize("form", ["torch", "legacy", "pickle"])
 def test_a_pickle_that_would_execute_code_is_not_executed(tmp_path: Path, form: str) -> None:
-    trap, path, sprung = {"state_dict": {}, SPEC_KEY: Trap(tmp_path / "sprung")}, tmp_path / "bad.ckpt", tmp_path / "sprung"
+    path, sprung = tmp_path / "bad.ckpt", tmp_path / "sprung"
+    trap = {"state_dict": {}, SPEC_KEY: Trap(sprung)}
     if form == "pickle":
         path.write_bytes(pickle.dumps(trap))
     else:
         torch.save(trap, path, _use_new_zipfile_serialization=form == "torch")
     assert "could execute code" in refusal(path)
     assert not sprung.exists()
-    torch.load(path, weights_only=False) if form != "pickle" else pickle.loads(path.read_bytes())
+    pickle.loads(path.read_bytes()) if form == "pickle" else torch.load(path, weights_only=False)
     assert sprung.exists(), "the trap itself must work, or the test shows nothing"
 
 

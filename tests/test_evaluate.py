@@ -19,14 +19,7 @@ from simba_lab.data import EvalWindows
 from simba_lab.data.evidence import find_last_occurrence
 from simba_lab.errors import InputError
 from simba_lab.evaluate.arms import evaluate_arms, parse_arm
-from simba_lab.evaluate.windows import (
-    Face,
-    by_distance,
-    distance_edges,
-    far_face,
-    plain_face,
-    score_windows,
-)
+from simba_lab.evaluate.windows import Face, by_distance, distance_edges, far_face, plain_face, score_windows
 from simba_lab.model import LanguageModel, ModelConfig
 from simba_lab.training import read_experiment
 
@@ -51,9 +44,8 @@ def windows() -> EvalWindows:
     shape = (WINDOWS, N_CONTEXT + N_SUFFIX)
     tokens = np.random.default_rng(4).integers(0, VOCAB, shape)
     document = np.array([0, 0, 1, 2, 2, 2, 3])
-    return EvalWindows(
-        torch.from_numpy(tokens), document, N_CONTEXT, np.ones(WINDOWS, np.int64), find_last_occurrence(tokens, N_CONTEXT)
-    )
+    last = find_last_occurrence(tokens, N_CONTEXT)
+    return EvalWindows(torch.from_numpy(tokens), document, N_CONTEXT, np.ones(WINDOWS, np.int64), last)
 
 
 def arm(dense: LanguageModel, name: str) -> LanguageModel:
@@ -96,9 +88,7 @@ def test_the_batch_size_changes_nothing(dense: LanguageModel, windows: EvalWindo
 
 @pytest.mark.parametrize("reach", [N_CONTEXT, 8])
 @pytest.mark.parametrize("name", list(PLANS))
-def test_realised_flops_are_the_closed_form(
-    dense: LanguageModel, windows: EvalWindows, name: str, reach: int
-) -> None:
+def test_realised_flops_are_the_closed_form(dense: LanguageModel, windows: EvalWindows, name: str, reach: int) -> None:
     model = arm(dense, name)
     scores = score_windows(model, windows, 3, n_context=reach)
     closed = model.flops(reach, N_SUFFIX)
@@ -135,7 +125,7 @@ def counted_by_hand(tokens: np.ndarray, row: int, place: int) -> int | None:
     return None
 
 
-@pytest.mark.parametrize("reach", [4, 12])
+@pytest.mark.parametrize("reach", range(1, N_CONTEXT - 1))
 def test_the_far_face_is_counted_by_hand(windows: EvalWindows, reach: int) -> None:
     nll = np.random.default_rng(5).random((WINDOWS, N_SUFFIX), np.float32)
     far = far_face(nll, windows, reach)
@@ -150,6 +140,10 @@ def test_the_far_face_is_counted_by_hand(windows: EvalWindows, reach: int) -> No
     np.testing.assert_array_equal(far.tokens, count)
     np.testing.assert_allclose(far.nll, total, rtol=1e-6)
     assert far.mean == pytest.approx(total.sum() / count.sum())
+
+
+def test_the_plain_face_is_the_mean_of_all_tokens(windows: EvalWindows) -> None:
+    nll = np.random.default_rng(5).random((WINDOWS, N_SUFFIX), np.float32)
     plain = plain_face(nll)
     assert plain.mean == pytest.approx(float(nll.mean()), rel=1e-6) and plain.tokens.tolist() == [N_SUFFIX] * WINDOWS
     assert far_face(nll, windows, N_CONTEXT).mean is None
@@ -166,7 +160,7 @@ def test_distances_share_out_all_tokens(windows: EvalWindows) -> None:
     assert weighted / nll.size == pytest.approx(float(nll.mean()), rel=1e-6)
     distances = [counted_by_hand(windows.tokens.numpy(), row, i) for row in range(WINDOWS) for i in range(N_SUFFIX)]
     for row in table[:-1]:
-        inside = [d for d in distances if d is not None and row["low"] <= d and (row["high"] is None or d < row["high"])]
+        inside = [d for d in distances if d is not None and row["low"] <= d < (row["high"] or math.inf)]
         assert row["tokens"] == len(inside)
     assert table[-1]["tokens"] == distances.count(None)
 

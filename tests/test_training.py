@@ -35,7 +35,8 @@ from simba_lab.training import LanguageModeling, PrunedTraining, read_experiment
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 TOLERANCE = 1e-4
 STEPS, BATCH, LENGTH, N_CONTEXT = 10, 4, 48, 32
-PRUNING = {"n_context": N_CONTEXT, "criterion": "global_impact", "schedule": "linear", "mean_keep": 0.6}
+IMPACT = {"class_path": "global_impact", "init_args": {"reduce": "absmax", "gated": True}}
+PRUNING = {"n_context": N_CONTEXT, "criterion": IMPACT, "schedule": "linear", "mean_keep": 0.6}
 RUNS: dict[str, dict[str, Any]] = {"dense": {}, "pruned": {"model.pruning": PRUNING}}
 CLOCK = ("train/tokens_per_second", "train/gflops_per_second")
 
@@ -121,7 +122,9 @@ def test_a_run_folder_describes_itself(trained: tuple[str, Path]) -> None:
     assert record["parameters"] == sum(p.numel() for p in simba_lab.load(folder).parameters()) and record["seconds"] > 0
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["model"]["model"]["expand"] == 2 and config["data"]["init_args"]["validation_share"] == 0.08
-    assert (simba_lab.load(folder).pruning is None) == (name == "dense")
+    pruning = simba_lab.load(folder).pruning
+    assert pruning is None if name == "dense" else pruning.spec()["criterion"] == IMPACT
+    assert config["model"]["pruning"] is None or config["model"]["pruning"]["criterion"] == IMPACT
     experiment = read_experiment(folder / "config.yaml")
     assert experiment.folder == folder and experiment.is_trained()
     assert (folder / "tokenizer.json").is_file() and (folder / "checkpoints" / "last.ckpt").is_file()
@@ -365,7 +368,7 @@ def test_every_field_of_the_text_data_has_an_effect(tmp_path: Path) -> None:
     changes = {
         "source": str(other), "text_field": "upper", "validation_source": str(other), "test_source": str(other),
         "validation_share": 0.3, "test_share": 0.4, "tokenizer": "bytes", "vocab_size": 310, "length": 60,
-        "batch_size": 3, "validation_windows": 2, "test_windows": 2, "seed": 1, "cache_dir": str(tmp_path / "elsewhere"),
+        "batch_size": 3, "validation_windows": 2, "test_windows": 2, "seed": 1, "cache_dir": str(tmp_path / "other"),
     }  # fmt: skip
     plain = outcome(settings)
     assert outcome(settings) == plain

@@ -62,7 +62,7 @@ def with_changes(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
         place = changed
         for parent in parents:
             place = place.setdefault(parent, {})
-        place[last] = value
+        place[last] = copy.deepcopy(value)
     return changed
 
 
@@ -101,13 +101,11 @@ def mistake(capsys: Any, *arguments: str | Path) -> str:
 
 @dataclass(frozen=True)
 class Lab:
-    """A folder with ``text.jsonl``, experiments and their trained runs ``runs/base`` and ``runs/small``."""
+    """A folder with experiments on ``text`` and their trained runs ``runs/base`` and ``runs/small``."""
 
     folder: Path
-
-    @property
-    def text(self) -> Path:
-        return self.folder / "text.jsonl"
+    text: Path
+    cache: Path
 
     @property
     def run(self) -> Path:
@@ -117,7 +115,7 @@ class Lab:
         """An experiment file on the lab's text whose run folder is ``runs/NAME`` beside it."""
         given = {
             "data.init_args.source": str(self.text),
-            "data.init_args.cache_dir": str(self.folder / "cache"),
+            "data.init_args.cache_dir": str(self.cache),
             "trainer.default_root_dir": str(path.parent / "runs" / path.stem),
         }
         return write_yaml(path, EXPERIMENT, given | dict(changes or {}))
@@ -137,9 +135,9 @@ class Lab:
 @functools.cache
 def lab(base: Path) -> Lab:
     """The laboratory below ``base``, trained once per process."""
-    made = Lab(base / "lab")
-    made.folder.mkdir()
-    write_corpus(made.text)
+    folder = base / "lab"
+    folder.mkdir()
+    made = Lab(folder, write_corpus(folder / "text.jsonl"), folder / "cache")
     for name, changes in (("base", {}), ("small", {"model.model.d_model": 18})):
         assert simba_lab("fit", "--config", made.experiment(made.folder / f"{name}.yaml", changes)) == 0
     return made

@@ -23,8 +23,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--n-context", type=int, default=960, help="context tokens (default: %(default)s)")
     add("--n-suffix", type=int, default=64, help="suffix tokens, which are scored (default: %(default)s)")
     add("--batch-size", type=int, default=8, help="windows at once (default: %(default)s)")
-    add("--reach", type=int, default=None,
-        help="far tokens were last seen further back than this before the end of the context (default: half of it)")  # fmt: skip
+    add(
+        "--reach",
+        type=int,
+        default=None,
+        help="far tokens were last seen further back than this from the end of the context (default: half of it)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -56,10 +60,13 @@ def _print(rows: list[dict[str, Any]], windows: int, split: str, reach: int) -> 
     for column in ("arm", "NLL", "95 % interval", "far NLL", "GFLOPs/window", "seconds"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for row in rows:
-        interval = row["quality_interval"]
+        interval, far = row["quality_interval"], row["quality_far"]
         table.add_row(
-            row["name"], f"{row['quality']:.4f}", "none" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
-            "none" if row["quality_far"] is None else f"{row['quality_far']:.4f}", f"{row['flops'] / 1e9:.3f}",
+            row["name"],
+            f"{row['quality']:.4f}",
+            "none" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
+            "none" if far is None else f"{far:.4f}",
+            f"{row['flops'] / 1e9:.3f}",
             f"{row['wall_seconds']:.1f}",
-        )  # fmt: skip
+        )
     Console().print(table)

@@ -30,7 +30,8 @@ def parse_arm(text: str, model: LanguageModel) -> LanguageModel:
     except ValueError:
         mean_keep = None
     if not (schedule and criterion and mean_keep is not None):
-        raise InputError(f"arms: {text!r} should be dense or schedule:criterion@mean_keep, e.g. linear:global_impact@0.55")
+        form = "dense or schedule:criterion@mean_keep, e.g. linear:global_impact@0.55"
+        raise InputError(f"arms: {text!r} should be {form}")
     return model.sparsified(criterion, schedule, mean_keep=mean_keep)
 
 

@@ -117,6 +117,6 @@ def by_distance(nll: NDArray[np.float32], windows: EvalWindows, edges: Sequence[
 
 
 def distance_edges(reach: int, n_context: int) -> list[int]:
-    """Powers of four up to the reach of the shorter context, the reach, and half-way from there to the context's end."""
+    """Powers of four up to the reach of the shorter context, the reach, and half-way from it to the whole context."""
     powers = [4**power for power in range(1, 12) if 4**power < reach]
     return sorted({*powers, reach, (reach + n_context) // 2} - {1})

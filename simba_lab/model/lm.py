@@ -168,9 +168,7 @@ class LanguageModel(nn.Module):
             raise InputError(f"n_context must lie in 1..{length}, the length of the sequence, got {n_context}")
         return n_context, head
 
-    def _layers(
-        self, tokens: Tensor, n_context: int
-    ) -> tuple[Tensor, Tensor, list[Tensor], list[LayerState]]:
+    def _layers(self, tokens: Tensor, n_context: int) -> tuple[Tensor, Tensor, list[Tensor], list[LayerState]]:
         backend, counts = self.backend, self.keep_counts(n_context)
         hidden, residual = self.backbone.embedding(tokens), None
         position = torch.arange(n_context, device=tokens.device).expand(tokens.shape[0], n_context)
@@ -186,9 +184,7 @@ class LanguageModel(nn.Module):
                 hidden, residual = (_keep(stream, chosen, counts[layer]) for stream in (hidden, residual))
         return hidden, residual, kept, states
 
-    def _choose(
-        self, layer: int, k: int, mixer: MixerSignals, stream: Tensor, position: Tensor, key: Tensor
-    ) -> Tensor:
+    def _choose(self, layer: int, k: int, mixer: MixerSignals, stream: Tensor, position: Tensor, key: Tensor) -> Tensor:
         """Indices (B, k) of the surviving context tokens of ``layer`` that go on."""
         plan, block, present = self.pruning, self.backbone.layers[layer].mixer, position.shape[1]
         context = {name: getattr(mixer, name)[:, :present].detach() for name in ("x", "dt", "B", "C", "z")}

@@ -58,9 +58,7 @@ class PruningPlan:
             raise InputError(
                 f"pruning: expected criterion, schedule and perhaps protect_recent, got {', '.join(spec) or 'nothing'}"
             )
-        return cls(
-            CRITERIA.build(spec["criterion"]), build_schedule(spec["schedule"]), spec.get("protect_recent", 0.0)
-        )
+        return cls(CRITERIA.build(spec["criterion"]), build_schedule(spec["schedule"]), spec.get("protect_recent", 0.0))
 
     @property
     def name(self) -> str:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from simba_lab.errors import InputError
 
-
 OneSpec = str | dict[str, Any]
 Specs = OneSpec | list[OneSpec]
 
@@ -92,6 +91,14 @@ class SearchConfig:
     lowest: float = 0.1
     seed: int = 0
 
+    def check(self) -> None:
+        """Raises InputError for a number out of range."""
+        for key in ("n_values", "trials", "windows"):
+            if getattr(self, key) < 1:
+                raise InputError(f"search.{key} must be at least 1, got {getattr(self, key)}")
+        if not 0 < self.lowest <= 1:
+            raise InputError(f"search.lowest must lie in (0, 1], got {self.lowest}")
+
 
 @dataclass(frozen=True)
 class SweepConfig:
@@ -132,8 +139,8 @@ class SweepConfig:
             raise InputError("budget: give either reference (the name of an arm) or flops")
         if not self.arms:
             raise InputError("arms: name at least one")
-        if self.search and (self.search.trials < 1 or self.search.n_values < 1 or not 0 < self.search.lowest <= 1):
-            raise InputError("search: trials and n_values must be at least 1, lowest in (0, 1]")
+        if self.search:
+            self.search.check()
         if not 0 < self.statistics.confidence < 1 or self.statistics.resamples < 100:
             raise InputError("statistics: confidence must lie in (0, 1), resamples be at least 100")
 
@@ -188,7 +195,10 @@ def _overrule(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise InputError(f"--set: {parent} in {key!r} has no keys of its own")
-    values[last] = yaml.safe_load(text)
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set: the value of {key}, {text!r}, is not YAML") from None
 
 
 def _first_mistake(errors: Sequence[Any]) -> str:

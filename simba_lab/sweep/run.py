@@ -19,7 +19,7 @@ from simba_lab.sweep.config import SweepConfig
 from simba_lab.sweep.plan import PlannedArm, SweepPlan, make_plan, model_of
 from simba_lab.sweep.progress import SweepProgress
 from simba_lab.sweep.results import assemble
-from simba_lab.sweep.search import search_best_curve
+from simba_lab.sweep.search import check_search, search_best_curve
 from simba_lab.sweep.store import ArmStore, StoredArm, digest, only_one
 from simba_lab.sweep.study import open_study, run_arm_trial
 from simba_lab.training import Experiment, read_experiment
@@ -37,13 +37,16 @@ def run_sweep(name: str, config: SweepConfig, say: Callable[[str], None] = print
     base = read_experiment(Path(config.experiment))
     others = {entry.experiment: read_experiment(Path(entry.experiment)) for entry in config.arms if entry.experiment}
     plan = make_plan(config, base, others)
+    if config.search:
+        check_search(config, base, plan.budget)
     for arm in plan.arms:
         _verify(arm)
     say(f"{name}: {len(plan.arms)} arms, {plan.budget}")
+    sweep = _Sweep(name, config, plan, folder, base, say)
     with only_one(folder):
         for experiment in plan.experiments:
             train_if_missing(experiment, say)
-        return _Sweep(name, config, plan, folder, base, say).run()
+        return sweep.run()
 
 
 def _verify(arm: PlannedArm) -> None:
@@ -75,7 +78,10 @@ def train_if_missing(experiment: Experiment, say: Callable[[str], None]) -> None
 
 
 class _Sweep:
-    """One sweep at work: weights, windows and the store of finished arms."""
+    """One sweep at work: weights, windows and the store of finished arms.
+
+    Windows are cut at once: a file that asks for windows the data does not have is refused before training.
+    """
 
     def __init__(
         self, name: str, config: SweepConfig, plan: SweepPlan, folder: Path, base: Experiment,
@@ -84,6 +90,7 @@ class _Sweep:
         self.name, self.config, self.plan, self.folder, self.base, self.say = name, config, plan, folder, base, say
         self.store = ArmStore(folder / "arms")
         self.windows = self._windows(config.split, config.windows)
+        self.search_windows = self._windows(config.search.split, config.search.windows) if config.search else None
         self._weights: dict[Path, LanguageModel] = {}
 
     def _windows(self, split: str, count: int) -> EvalWindows:
@@ -139,10 +146,8 @@ class _Sweep:
 
     def _search(self) -> dict[str, Any]:
         """Search on its own windows; the winner joins the arms of the comparison."""
-        settings = self.config.search
-        windows = self._windows(settings.split, settings.windows)
         found, arm = search_best_curve(
-            self.folder, self.config, self.plan, self.base, self.weights(self.base), windows, self.say
+            self.folder, self.config, self.plan, self.base, self.weights(self.base), self.search_windows, self.say
         )
         self.plan.arms.append(arm)
         return found

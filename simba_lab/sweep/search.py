@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from optuna.trial import Trial
-
-from simba_lab.budget import PrunedArm, solve
+from simba_lab.budget import Budget, PrunedArm, solve
 from simba_lab.checkpoint import SPEC_FILE, WEIGHTS_FILE
 from simba_lab.data import EvalWindows
 from simba_lab.evaluate.windows import far_face, plain_face, score_windows
@@ -23,7 +21,23 @@ from simba_lab.sweep.store import digest
 from simba_lab.sweep.study import open_study, search_curves, trial_rows
 from simba_lab.training import Experiment
 
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
 ARM_NAME = "searched"
+
+
+def check_search(config: SweepConfig, base: Experiment, budget: Budget) -> None:
+    """Raises InputError for an unknown criterion, BudgetMismatch if the curves to begin with cannot meet the budget."""
+    for drops in anchor_drops(config.search.n_values, config.search.lowest):
+        _arm_at(drops, config, base, budget)
+
+
+def _arm_at(drops: Sequence[float], config: SweepConfig, base: Experiment, budget: Budget) -> PrunedArm:
+    """The curve with these ratios between its heights, bent to cost the budget."""
+    schedule = {"class_path": "knots", "init_args": {"values": curve_values(drops)}}
+    pruning = PruningPlan(CRITERIA.build(config.search.criterion), build_schedule(schedule))
+    return solve(PrunedArm(ARM_NAME, base.model.config, config.n_context, config.n_suffix, pruning), budget).arm
 
 
 def search_best_curve(
@@ -35,10 +49,7 @@ def search_best_curve(
     names = [f"drop_{i}" for i in range(settings.n_values)]
 
     def arm_at(point: dict[str, float]) -> PrunedArm:
-        schedule = {"class_path": "knots", "init_args": {"values": curve_values([point[name] for name in names])}}
-        pruning = PruningPlan(CRITERIA.build(settings.criterion), build_schedule(schedule))
-        arm = PrunedArm(ARM_NAME, base.model.config, config.n_context, config.n_suffix, pruning)
-        return solve(arm, plan.budget).arm
+        return _arm_at([point[name] for name in names], config, base, plan.budget)
 
     def measure(point: dict[str, float], trial: Trial) -> float:
         arm = arm_at(point)
@@ -65,13 +76,13 @@ def search_best_curve(
 
 
 def _study_key(config: SweepConfig, plan: SweepPlan, base: Experiment, windows: EvalWindows) -> str:
-    """Changes with whatever decides a trial's value or the order of suggestions; more trials go on in the same study."""
+    """Changes with whatever decides a trial's value or a suggestion; more trials go on in the same study."""
     settings = {key: value for key, value in config.to_dict()["search"].items() if key != "trials"}
     sizes = (plan.budget.flops, plan.budget.tolerance, config.n_context, config.n_suffix)
     return digest(settings, sizes, windows.tokens.numpy(), base.folder / SPEC_FILE, base.folder / WEIGHTS_FILE)
 
 
-def curve_values(drops: list[float]) -> list[float]:
+def curve_values(drops: Sequence[float]) -> list[float]:
     """Heights of a falling curve from the ratio of each height to the one before it."""
     return list(accumulate(drops, mul))
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optuna
-from optuna.distributions import CategoricalDistribution
-from optuna.trial import FrozenTrial, Trial, TrialState
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial, Trial
 
 STUDY_FILE = "study.db"
-DONE = (TrialState.COMPLETE,)
 
 
 def open_study(folder: Path, name: str) -> optuna.Study:
     """The study ``name``, made if it is new. Trials that a killed process left running are marked failed."""
+    import optuna
+    from optuna.trial import TrialState
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     storage = optuna.storages.RDBStorage(f"sqlite:///{(folder / STUDY_FILE).resolve()}")
@@ -28,12 +30,16 @@ def open_study(folder: Path, name: str) -> optuna.Study:
 
 def run_arm_trial(study: optuna.Study, name: str, names: Sequence[str], measure: Callable[[], float]) -> float:
     """One trial whose only parameter is the arm; a failure is recorded as one before it goes on."""
+    from optuna.distributions import CategoricalDistribution
+
     study.enqueue_trial({"arm": name})
     trial = study.ask({"arm": CategoricalDistribution(list(names))})
     return _finished(study, trial, measure)
 
 
 def _finished(study: optuna.Study, trial: Trial, measure: Callable[[], float]) -> float:
+    from optuna.trial import TrialState
+
     try:
         value = measure()
     except BaseException as error:
@@ -58,9 +64,11 @@ def search_curves(
     Trial n draws from a sampler seeded by (seed, n) that knows the finished trials, so that a search that was stopped
     and continued makes the same suggestions as one that was not.
     """
-    while len(done := study.get_trials(deepcopy=False, states=DONE)) < trials:
-        number = len(done)
-        study.sampler = optuna.samplers.TPESampler(seed=seed * 100_003 + number, multivariate=True, n_startup_trials=8)
+    from optuna.samplers import TPESampler
+    from optuna.trial import TrialState
+
+    while (number := len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))) < trials:
+        study.sampler = TPESampler(seed=seed * 100_003 + number, multivariate=True, n_startup_trials=8)
         if number < len(anchors):
             study.enqueue_trial(anchors[number])
         trial = study.ask()

@@ -7,7 +7,6 @@ an error.
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,12 +15,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from jsonargparse.typing import register_type
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from simba_lab.errors import InputError
 from simba_lab.model import LanguageModel
-from simba_lab.training.module import LanguageModeling
+from simba_lab.training.mistakes import check_checkpoint, check_config_files, shortened
+from simba_lab.training.module import LanguageModeling, PartSpec
 from simba_lab.training.progress import Throughput, progress_callback
 from simba_lab.training.record import MetricsFile, RunCheckpoint, RunRecord
 
@@ -32,7 +33,7 @@ class _Parser(LightningArgumentParser):
     """Errors in one line, exit code 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise _input_error(ex) or InputError(_shortened(message))
+        raise _input_error(ex) or InputError(shortened(message, self))
 
 
 def _input_error(error: BaseException | None) -> InputError | None:
@@ -42,16 +43,6 @@ def _input_error(error: BaseException | None) -> InputError | None:
     return error
 
 
-def _shortened(message: str) -> str:
-    """The parser's message without the list of types that also did not fit."""
-    key = re.match(r'Parser key "([^"]+)"', message)
-    reasons = [line.strip(" -") for line in message.splitlines() if line.strip().startswith("- ")]
-    reasons = [reason for reason in reasons if "NoneType" not in reason]
-    if key and reasons:
-        return f"{key[1]}: {'; '.join(dict.fromkeys(reasons))}"
-    return " ".join(message.split())
-
-
 class _SaveConfig(SaveConfigCallback):
     """Saves the resolved config of a fit; the other subcommands leave the run folder's own alone.
 
@@ -59,9 +50,9 @@ class _SaveConfig(SaveConfigCallback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LanguageModeling, stage: str) -> None:
-        """Nothing yet: a checkpoint that does not fit must leave the folder as it was."""
+        """Nothing yet: a checkpoint or data that does not fit must leave the folder as it was."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LanguageModeling) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LanguageModeling) -> None:
         self.config = self.config.clone()
         for key in ("ckpt_path", "weights_only"):
             self.config.pop(key, None)
@@ -72,9 +63,16 @@ class Cli(LightningCLI):
     """LightningCLI with the run folder's parts built in."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        register_type(PartSpec, lambda part: part.spec, PartSpec, fail_already_registered=False)
         parser = _Parser(**kwargs)
         parser.add_argument("-c", "--config", action="config", help="a YAML file; several are laid over each other")
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        if subcommand := self.config.get("subcommand"):
+            config = self.config[subcommand]
+            check_checkpoint(config.ckpt_path, _run_folder(config), subcommand)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.vocab_size", "model.model.vocab_size", apply_on="instantiate")
@@ -82,7 +80,7 @@ class Cli(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config[self.subcommand] if self.subcommand else self.config
-        folder = Path(config.trainer.default_root_dir or "runs/unnamed")
+        folder = _run_folder(config)
         kwargs = {**kwargs, "default_root_dir": str(folder)}
         if config.trainer.logger is None:
             kwargs["logger"] = MetricsFile(folder)
@@ -92,6 +90,10 @@ class Cli(LightningCLI):
         """Held-out quality in bits per byte beside a compressor's on the same text."""
         if not self.trainer.interrupted:
             print_held_out(self.trainer, self.model, self.datamodule)
+
+
+def _run_folder(config: Any) -> Path:
+    return Path(config.trainer.default_root_dir or "runs/unnamed")
 
 
 def print_held_out(trainer: Trainer, model: LanguageModeling, data: LightningDataModule) -> None:
@@ -107,8 +109,9 @@ def print_held_out(trainer: Trainer, model: LanguageModeling, data: LightningDat
 
 
 def run_cli(arguments: Sequence[str], run: bool = True) -> Cli:
-    """Parse, build and, with ``run``, carry out one Lightning subcommand. Raises InputError for a wrong key or value."""
+    """Parse, build and, with ``run``, carry out a Lightning subcommand. Raises InputError for a wrong key or value."""
     _quiet()
+    check_config_files(arguments)
     try:
         return Cli(
             LanguageModeling,

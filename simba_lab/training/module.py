@@ -1,4 +1,4 @@
-"""The LightningModule: loss, optimiser and what is logged. Everything about the model itself is in ``simba_lab.model``."""
+"""The LightningModule: loss, optimiser and what is logged. The model itself is in ``simba_lab.model``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -23,6 +24,16 @@ LEDGER_KEY = "simba_lab_ledger"
 IGNORED = -100
 
 
+class PartSpec:
+    """class_path + init_args of a criterion or schedule, left alone by the config parser.
+
+    The parser would take such a mapping for a class of its own to build, and knows no registry names.
+    """
+
+    def __init__(self, spec: Any) -> None:
+        self.spec = spec.as_dict() if isinstance(spec, Namespace) else spec
+
+
 @dataclass(frozen=True)
 class PrunedTraining:
     """Training with pruning on: the loss is taken on the suffix only (protocol ``suffix``).
@@ -36,8 +47,8 @@ class PrunedTraining:
     """
 
     n_context: int
-    criterion: str | dict[str, Any] = "global_impact"
-    schedule: str | dict[str, Any] = "linear"
+    criterion: str | PartSpec = "global_impact"
+    schedule: str | PartSpec = "linear"
     mean_keep: float | None = None
     protect_recent: float = 0.0
 
@@ -79,9 +90,10 @@ class LanguageModeling(LightningModule):
         self.warmup_steps, self.final_lr_share, self.init_seed = warmup_steps, final_lr_share, seed
         plan = None
         if pruning is not None:
-            plan = PruningPlan.build(
-                model.n_layer, pruning.criterion, pruning.schedule, pruning.mean_keep, pruning.protect_recent
+            criterion, schedule = (
+                part.spec if isinstance(part, PartSpec) else part for part in (pruning.criterion, pruning.schedule)
             )
+            plan = PruningPlan.build(model.n_layer, criterion, schedule, pruning.mean_keep, pruning.protect_recent)
             plan.schedule.counts(model.n_layer, pruning.n_context)
         self.lm = LanguageModel(model, plan, backend, seed)
         self.ledger = Ledger()
@@ -90,22 +102,31 @@ class LanguageModeling(LightningModule):
         self.nll, self.accuracy = MeanMetric(), MeanMetric()
         self.nll_sum, self.byte_sum = (SumMetric().set_dtype(torch.float64) for _ in range(2))
 
+    def setup(self, stage: str) -> None:
+        """Raises InputError if the data's windows are shorter than the context, before anything is written."""
+        length = getattr(self.trainer.datamodule, "length", None)
+        if self.pruned is not None and length is not None and self.pruned.n_context > length:
+            raise InputError(
+                f"model.pruning.n_context: {self.pruned.n_context} is longer than data.length, "
+                f"a window of {length} tokens"
+            )
+
     def scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (n, V) and labels (n,) of the positions that are scored: all if dense, else boundary and suffix."""
+        """Logits (n, V), fp32, and labels (n,) of all positions if dense, else of boundary and suffix.
+
+        Labels of ``IGNORED`` stand among them.
+        """
         tokens, labels = batch["tokens"], batch["labels"]
         if self.pruned is None:
-            logits = self.lm(tokens).logits
-        else:
-            logits = self.lm(tokens, n_context=self.pruned.n_context).logits
-            labels = labels[:, self.pruned.n_context - 1 :]
-        chosen = labels.reshape(-1) != IGNORED
-        return logits.flatten(0, 1)[chosen], labels.reshape(-1)[chosen]
+            return self.lm(tokens).logits.flatten(0, 1).float(), labels.flatten()
+        logits = self.lm(tokens, n_context=self.pruned.n_context).logits
+        return logits.flatten(0, 1).float(), labels[:, self.pruned.n_context - 1 :].flatten()
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         with recording(self.ledger):
             logits, labels = self.scored(batch)
         self.tokens_seen += batch["tokens"].numel()
-        loss = F.cross_entropy(logits.float(), labels)
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORED)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -118,16 +139,16 @@ class LanguageModeling(LightningModule):
     def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
         """Negative log-likelihood in nats, and whether the label was the most likely token, of each scored position."""
         logits, labels = self.scored(batch)
-        nll = F.cross_entropy(logits.float(), labels, reduction="none")
-        return {"nll": nll, "correct": logits.argmax(-1) == labels}
+        nll = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
+        scored, correct = labels != IGNORED, logits.argmax(-1) == labels
+        return {"nll": nll[scored], "correct": correct[scored], "labels": labels[scored]}
 
     def _measure(self, batch: dict[str, Tensor]) -> None:
-        logits, labels = self.scored(batch)
-        nll = F.cross_entropy(logits.float(), labels, reduction="none")
-        self.nll.update(nll)
-        self.accuracy.update((logits.argmax(-1) == labels).float())
-        self.nll_sum.update(nll.double().sum())
-        self.byte_sum.update(self._token_bytes(labels).sum())
+        measured = self.predict_step(batch, 0)
+        self.nll.update(measured["nll"])
+        self.accuracy.update(measured["correct"].float())
+        self.nll_sum.update(measured["nll"].double().sum())
+        self.byte_sum.update(self._token_bytes(measured["labels"]).sum())
 
     def _token_bytes(self, labels: Tensor) -> Tensor:
         """UTF-8 bytes of each label; zeros where the data is not text."""

@@ -1,0 +1,152 @@
+"""Every shipped YAML file: it parses, plans, runs two steps, and an unknown key anywhere in it is an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+
+from simba_lab.errors import InputError
+from simba_lab.model import LanguageModel, ModelConfig
+from simba_lab.sweep import read_sweep
+from simba_lab.sweep.plan import SweepPlan, make_plan
+from simba_lab.training import Experiment
+from simba_lab.training.lightning_cli import run_cli
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted(ROOT.glob("experiments/*.yaml"))
+SWEEPS = sorted(ROOT.glob("sweeps/*.yaml"))
+SMALL = {
+    "model.model.d_model": 16, "model.model.n_layer": 2, "model.model.d_state": 4, "trainer.accelerator": "cpu",
+    "trainer.max_steps": 2, "trainer.val_check_interval": 1, "trainer.limit_val_batches": 1,
+    "trainer.limit_test_batches": 1, "checkpoint.every_n_steps": 1,
+}  # fmt: skip
+
+
+def by_name(path: Path) -> str:
+    return path.stem
+
+
+def read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def sections(values: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Path of every mapping whose keys the schema fixes: options of criteria and schedules are their classes' own."""
+    if isinstance(values, dict) and not {"criterion", "schedule"} & set(place):
+        yield place
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in items:
+        yield from sections(value, (*place, key))
+
+
+def test_there_is_something_to_test() -> None:
+    assert {"base", "small", "recall"} <= {path.stem for path in EXPERIMENTS}
+    assert {"hierarchy_ablation", "keep_curve"} <= {path.stem for path in SWEEPS}
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=by_name)
+def test_an_experiment_runs_two_steps(path: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    lab = tiny.lab(tmp_path_factory.getbasetemp())
+    given = SMALL | {"trainer.default_root_dir": tmp_path / "run"}
+    if read(path)["data"]["class_path"].endswith("TextData"):
+        given |= {"data.source": lab.text, "data.vocab_size": 300, "data.length": 40, "data.cache_dir": lab.cache}
+    else:
+        given |= {"data.train_examples": 128, "data.validation_examples": 4}
+    arguments = [f"--{key}={value}" for key, value in given.items()]
+    assert tiny.simba_lab("fit", "--config", path, *arguments) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["step"] == 2
+    resolved = read(tmp_path / "run" / "config.yaml")
+    for key in ("learning_rate", "weight_decay", "warmup_steps"):
+        assert resolved["model"][key] == read(path)["model"][key]
+    assert resolved["data"]["init_args"]["batch_size"] == read(path)["data"]["init_args"]["batch_size"]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=by_name)
+def test_an_unknown_key_anywhere_in_an_experiment_is_named(path: Path, tmp_path: Path) -> None:
+    for place in sections(read(path)):
+        spoilt = tiny.write_yaml(tmp_path / "spoilt.yaml", read(path), {".".join((*place, "unknwon")): 1})
+        with pytest.raises(InputError, match="unknwon"):
+            run_cli(["--config", str(spoilt)], run=False)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=by_name)
+def test_an_unknown_key_anywhere_in_a_sweep_is_named(path: Path, tmp_path: Path) -> None:
+    extra = {"statistics": {"resamples": 100}, "search": {"trials": 3}}
+    places = list(sections(read(path) | extra))
+    assert len(places) > 5
+    for place in places:
+        values = read(path) | extra
+        inner = values
+        for key in place:
+            inner = inner[key]
+        inner["unknwon"] = 1
+        with pytest.raises(InputError, match=r"unknwon is not a key.*; keys here: "):
+            read_sweep(tiny.write_yaml(tmp_path / "spoilt.yaml", values))
+
+
+def plan_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepPlan:
+    """The plan of a shipped sweep at its real shapes; the vocabulary is taken as large as the file asks for."""
+    monkeypatch.chdir(ROOT)
+    config = read_sweep(path)
+
+    def described(name: str) -> Experiment:
+        values = read(Path(name))
+        shape = ModelConfig(**values["model"]["model"], vocab_size=values["data"]["init_args"]["vocab_size"])
+        with torch.device("meta"):
+            model = LanguageModel(shape, seed=None)
+        return Experiment(Path(name), Path(values["trainer"]["default_root_dir"]), model, None, values)
+
+    others = {arm.experiment: described(arm.experiment) for arm in config.arms if arm.experiment}
+    return make_plan(config, described(config.experiment), others)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=by_name)
+def test_a_sweep_plans_every_arm_within_its_tolerance(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(path, monkeypatch)
+    assert plan.budget.tolerance == 0.005
+    dense = next(arm for arm in plan.arms if arm.kind == "dense")
+    assert plan.budget.flops < 0.9 * dense.arm.flops
+    for arm in plan.arms:
+        if arm.matched:
+            assert abs(arm.arm.flops / plan.budget.flops - 1) <= 0.005, arm.name
+        if arm.kind == "pruned":
+            assert arm.arm.keep_counts[-1] < arm.arm.n_context
+    assert {"smaller_dense", "shorter_context"} <= {arm.kind for arm in plan.arms}
+
+
+def test_the_hierarchy_ablation_crosses_schedules_with_criteria(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(ROOT / "sweeps" / "hierarchy_ablation.yaml", monkeypatch)
+    criteria = ["global_impact", "local_delta", "norm", "random", "random(seed=1)", "random(seed=2)", "recency"]
+    crossed = {f"{schedule}:{name}" for schedule in ("uniform", "linear", "highway_top") for name in criteria}
+    assert {arm.name for arm in plan.arms} == crossed | {"dense_small", "shorter_context", "dense"}
+    assert plan.arms[0].name == "dense_small" and plan.budget.reference == "the arm dense_small"
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=by_name)
+def test_a_sweep_runs_on_tiny_experiments(
+    path: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file as it is, but for sizes, on experiments of the same names."""
+    lab = tiny.lab(tmp_path_factory.getbasetemp())
+    for name in ("base", "small"):
+        target = tmp_path / "experiments" / f"{name}.yaml"
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes((lab.folder / f"{name}.yaml").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    sizes = {"windows": 3, "n_context": 96, "n_suffix": 16, "budget.tolerance": 0.01, "statistics.resamples": 100}
+    if "search" in read(path):
+        sizes |= {"search.windows": 3, "search.trials": 2}
+    overrides = [part for key, value in sizes.items() for part in ("--set", f"{key}={value}")]
+    assert tiny.simba_lab("sweep", "--config", path, *overrides) == 0
+    folder = tmp_path / "runs" / "sweeps" / path.stem
+    arms = json.loads((folder / "results.json").read_text())["arms"]
+    assert len(arms) == len(plan_of(path, monkeypatch).arms) + ("search" in read(path))
+    assert (folder / "report.html").stat().st_size > 10_000
