@@ -101,4 +101,6 @@ def evaluation_loader(dataset: Dataset, batch_size: int, count: int | None, num_
     if count is not None and count < len(dataset):
         dataset = Subset(dataset, [index * len(dataset) // count for index in range(count)])
     # A generator of its own keeps the loader from drawing its workers' seed from the global one.
-    return DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator().manual_seed(0))
+    return DataLoader(
+        dataset, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator().manual_seed(0)
+    )
