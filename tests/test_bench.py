@@ -96,3 +96,13 @@ def test_peak_memory_is_the_process_own() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # a process that this one starts must not count the block as its own
     assert 5e6 < int(done.stdout) < 2 * len(block)
+
+
+def test_prefill_bench_compares_seconds_with_flops(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shape = ["--d-model", "16", "--n-layer", "3", "--vocab-size", "23", "--batch", "1", "--length", "65"]
+    path = tmp_path / "prefill.json"
+    assert main(["bench", "prefill", *shape, "--repeats", "3", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["fraction"] == pytest.approx(result["speedup"] / result["promised_by_flops"])
+    assert 1.1 < result["promised_by_flops"] < 1.8 and result["repeats"] == 12
+    assert "FLOPs promise" in capsys.readouterr().out

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from simba_lab.bench.cpu import BASELINE, Plan, compare
 from simba_lab.bench.peers import Shape, option
+from simba_lab.bench.prefill import compare_prefill
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,6 +18,7 @@ EXAMPLES = """examples:
   simba-lab bench cpu --skip transformers --json bench.json
   simba-lab bench cpu                                  (transformers alone may take minutes)
   simba-lab bench cpu --length 2048 --batch 1 --repeats 5 --include-reference
+  simba-lab bench prefill --length 2048                (dense against pruned linearly to 10 %)
 """
 HELP = {
     "d_model": "width of the model",
@@ -34,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Before any timing our fast backend must agree with the readable reference."
     )
     parser.epilog = EXAMPLES
-    parser.add_argument("target", choices=["cpu"], help="what to measure on")
+    parser.add_argument("target", choices=["cpu", "prefill"], help="training step beside peers, or pruned prefill")
     for field in dataclasses.fields(Shape):
         text = f"{HELP[field.name]} (%(default)s)"
         parser.add_argument(option(field.name), type=int, default=field.default, help=text)
@@ -45,6 +48,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--include-reference", action="store_true", help="also time our readable reference, slow")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and tokens (%(default)s)")
+    parser.add_argument("--criterion", default="global_impact", help="prefill: how tokens are scored (%(default)s)")
+    parser.add_argument("--final-keep", type=float, default=0.1, help="prefill: share kept at the top (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -59,16 +64,33 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         include_reference=args.include_reference,
         seed=args.seed,
     )
-    result = _compare_with_progress(plan)
     console = Console()
+    if args.target == "prefill":
+        result = _with_progress(
+            lambda show: compare_prefill(
+                plan.shape, plan.shape.length, args.criterion, args.final_keep, 4 * plan.repeats, show
+            )
+        )
+        console.print(_prefill_line(result), highlight=False)
+        return result
+    result = _with_progress(lambda show: compare(plan, show))
     console.print(_table(result))
     if result["speedup_over_mambapy"] is not None:
         console.print(f"simba_lab is {result['speedup_over_mambapy']:.1f} times as fast as {BASELINE}")
     return result
 
 
-def _compare_with_progress(plan: Plan) -> dict[str, Any]:
-    """``compare`` with a clock on standard error that says what is running."""
+def _prefill_line(result: dict[str, Any]) -> str:
+    return (
+        f"prefill of {result['shape']['batch']} x {result['shape']['length']} tokens: "
+        f"dense {result['dense_seconds']:.3f} s, pruned {result['pruned_seconds']:.3f} s: {result['speedup']:.2f} times as fast, FLOPs promise "
+        f"{result['promised_by_flops']:.2f}: {result['fraction']:.2f} of it "
+        f"(median of {result['repeats']} pairs, load {result['machine']['load_1min']})"
+    )
+
+
+def _with_progress(measure: Callable[[Callable[[str], None]], dict[str, Any]]) -> dict[str, Any]:
+    """A measurement with a clock on standard error that says what is running."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -79,7 +101,7 @@ def _compare_with_progress(plan: Plan) -> dict[str, Any]:
         def show(name: str) -> None:
             progress.reset(current, description=name, total=None)
 
-        return compare(plan, show)
+        return measure(show)
 
 
 def _table(result: dict[str, Any]) -> Table:

@@ -53,11 +53,11 @@ class SweepProgress:
             self._print(f"{name}: measured before")
 
     def finish(self, name: str, quality: float, far: float | None, seconds: float) -> None:
-        left = (time.monotonic() - self._started) / max(1, self._measured) * (self.total - self._done)
+        left = round((time.monotonic() - self._started) / max(1, self._measured) * (self.total - self._done))
         shown = "none" if far is None else f"{far:.4f}"
         self._print(
             f"{name}: {quality:.4f} nats/token, far {shown}, {seconds:.1f} s  "
-            f"({self._done / self.total:.0%}, {left // 60:.0f}:{left % 60:02.0f} left)"
+            f"({self._done / self.total:.0%}, {left // 60}:{left % 60:02d} left)"
         )
 
     def _print(self, line: str) -> None:

@@ -82,8 +82,8 @@ class Lines(ProgressBar):
         return True
 
     def _left(self, done: int, total: int) -> str:
-        left = (time.monotonic() - self._started) / max(1, done) * max(0, total - done)
-        return f"{left // 60:.0f}:{left % 60:02.0f} left"
+        left = round((time.monotonic() - self._started) / max(1, done) * max(0, total - done))
+        return f"{left // 60}:{left % 60:02d} left"
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step, steps = trainer.global_step, int(trainer.estimated_stepping_batches)
