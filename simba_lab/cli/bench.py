@@ -81,10 +81,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _prefill_line(result: dict[str, Any]) -> str:
+    shape = result["shape"]
     return (
-        f"prefill of {result['shape']['batch']} x {result['shape']['length']} tokens: "
-        f"dense {result['dense_seconds']:.3f} s, pruned {result['pruned_seconds']:.3f} s: {result['speedup']:.2f} times as fast, FLOPs promise "
-        f"{result['promised_by_flops']:.2f}: {result['fraction']:.2f} of it "
+        f"prefill of {shape['batch']} x {shape['length']} tokens: dense {result['dense_seconds']:.3f} s, "
+        f"pruned {result['pruned_seconds']:.3f} s: {result['speedup']:.2f} times as fast; "
+        f"FLOPs promise {result['promised_by_flops']:.2f}, {result['fraction']:.2f} of that was reached "
         f"(median of {result['repeats']} pairs, load {result['machine']['load_1min']})"
     )
 
