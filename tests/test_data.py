@@ -603,3 +603,9 @@ def test_xz_bits_per_byte(folder: Path) -> None:
     assert 1 < text_data(folder).xz_bits_per_byte("train") < 5
     with pytest.raises(InputError):
         xz_bits_per_byte("")
+
+
+@pytest.mark.parametrize("key", ["length", "batch_size", "vocab_size", "validation_share", "seed"])
+def test_null_where_a_number_belongs_is_named(key: str) -> None:
+    with pytest.raises(InputError, match=f"^data.{key}: null is no number"):
+        TextData(**{key: None})

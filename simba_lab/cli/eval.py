@@ -58,7 +58,7 @@ def _print(rows: list[dict[str, Any]], windows: int, split: str, reach: int) -> 
     caption = f"{windows} {split} windows; NLL in nats per token; far: last seen more than {reach} tokens back"
     table = Table(caption=caption)
     for column in ("arm", "NLL", "95 % interval", "far NLL", "GFLOPs/window", "seconds"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
+        table.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
     for row in rows:
         interval, far = row["quality_interval"], row["quality_far"]
         table.add_row(

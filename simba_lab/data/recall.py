@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from simba_lab.data.associations import MultiQueryRecall, Needle
-from simba_lab.data.checks import require_at_least
+from simba_lab.data.checks import require_at_least, require_set
 from simba_lab.data.module import ResumableData
 from simba_lab.errors import InputError
 
@@ -70,6 +70,8 @@ class RecallData(ResumableData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, seed, num_workers)
+        require_set(vocab_size=vocab_size, length=length, n_pairs=n_pairs, train_examples=train_examples)
+        require_set(validation_examples=validation_examples)
         require_at_least(1, length=length, batch_size=batch_size, n_pairs=n_pairs, n_queries=n_queries)
         require_at_least(1, train_examples=train_examples, validation_examples=validation_examples)
         require_at_least(0, seed=seed, num_workers=num_workers)

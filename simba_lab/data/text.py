@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from simba_lab.data.checks import require_at_least, require_between
+from simba_lab.data.checks import require_at_least, require_between, require_set
 from simba_lab.data.compression import xz_bits_per_byte
 from simba_lab.data.corpus import Corpus, CorpusSettings, open_corpus
 from simba_lab.data.module import ResumableData
@@ -57,6 +57,8 @@ class TextData(ResumableData):
         cache_dir: str = "runs/cache",
     ) -> None:
         super().__init__(batch_size, seed, num_workers)
+        require_set(length=length, batch_size=batch_size, vocab_size=vocab_size, seed=seed, num_workers=num_workers)
+        require_set(validation_share=validation_share, test_share=test_share)
         require_at_least(1, length=length, batch_size=batch_size)
         require_at_least(1, validation_windows=validation_windows, test_windows=test_windows)
         require_at_least(0, seed=seed, num_workers=num_workers)
