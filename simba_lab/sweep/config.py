@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from simba_lab.errors import InputError
+from simba_lab.training.mistakes import read_yaml
 
 OneSpec = str | dict[str, Any]
 Specs = OneSpec | list[OneSpec]
@@ -153,7 +154,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
     Raises InputError naming the key for anything that is missing, unknown or of the wrong type.
     """
-    values = _read_yaml(Path(path))
+    values = read_yaml(Path(path), "sweep")
     for override in overrides:
         _overrule(values, override)
     from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -167,21 +168,6 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
         raise InputError(f"{path}: {_first_mistake(error.errors())}") from None
     config.check()
     return config
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        near = ", ".join(sorted(found.name for found in path.parent.glob("*.yaml"))) or "no .yaml file"
-        raise InputError(f"sweep: {path} does not exist; its folder holds {near}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected keys and values, got {type(values).__name__}")
-    return values
 
 
 def _overrule(values: dict[str, Any], override: str) -> None:

@@ -11,6 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -81,15 +82,21 @@ def check_config_files(arguments: Sequence[str]) -> None:
     paths = [following[flag] for flag in ("--config", "-c") if flag in following]
     paths += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
     for path in map(Path, paths):
-        if not path.is_file():
-            near = ", ".join(sorted(found.name for found in path.parent.glob("*.yaml"))) or "no .yaml file"
-            raise InputError(f"--config: {path} does not exist; its folder holds {near}")
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{path}: expected keys and values, got {type(values).__name__}")
+        read_yaml(path, "--config")
+
+
+def read_yaml(path: Path, called: str) -> dict[str, Any]:
+    """Keys and values of a YAML file. Raises InputError, naming the file, if it is missing or holds something else."""
+    if not path.is_file():
+        near = ", ".join(sorted(found.name for found in path.parent.glob("*.yaml"))) or "no .yaml file"
+        raise InputError(f"{called}: {path} does not exist; its folder holds {near}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected keys and values, got {type(values).__name__}")
+    return values
 
 
 def check_checkpoint(ckpt_path: str | None, folder: Path, subcommand: str) -> None:
