@@ -45,7 +45,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 HEAVY = ("triton", "mamba_ssm", "causal_conv1d", "numba", "lm_eval", "datasets", "transformers", "matplotlib", "optuna")
 # Kernels written in Numba's language and the subclass of the harness's model: they cannot do without, so nobody may
 # import them before they are used.
-NUMBA_KERNELS = {*(ROOT / "kernels").glob("cpu_*.py")} - {ROOT / "kernels" / "cpu_dense.py"}
+CPU = ROOT / "kernels" / "cpu"
+NUMBA_KERNELS = {*CPU.glob("*.py")} - {CPU / "__init__.py", CPU / "dense.py"}
 BOUND = NUMBA_KERNELS | {ROOT / "evaluate" / "harness.py"}
 MAX_LINES = 400
 DRAWERS = {"utils", "util", "common", "helpers", "helper", "misc"}

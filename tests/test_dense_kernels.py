@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from simba_lab.kernels import cpu, cpu_dense, reference
+from simba_lab.kernels import cpu, reference
+from simba_lab.kernels.cpu import dense
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 every_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -121,7 +122,7 @@ def test_projection_equals_the_product(shape: tuple[int, ...], d_out: int, dtype
 @pytest.mark.parametrize("fast", [True, False])
 def test_projection_of_slices_with_and_without_onednn(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
     if not fast:
-        monkeypatch.setattr(cpu_dense, "_has_onednn", lambda: False)
+        monkeypatch.setattr(dense, "_has_onednn", lambda: False)
     slices = draw(2, 21, 40, dtype=torch.float32).split((3, 20, 17), dim=-1)
     for x in (*slices, slices[1].mT.contiguous().mT, slices[1][:, ::2], slices[1][:1].expand(4, -1, -1)):
         weight = draw(11, 2 * x.shape[-1], dtype=torch.float32)[:, ::2]
@@ -148,10 +149,10 @@ def test_gradcheck_and_torchs_contract() -> None:
     assert torch.autograd.gradcheck(lambda h, r, w: cpu.add_rms_norm(h, r, w, 1e-5), (hidden, residual, weight))
     assert torch.autograd.gradcheck(lambda h, w: cpu.add_rms_norm(h, None, w, 1e-5), (hidden, weight))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(cpu_dense._norm, (hidden, residual, weight, 1e-5), test_utils=checks)
-    torch.library.opcheck(cpu_dense._norm, (hidden, None, weight, 1e-5), test_utils=checks)
+    torch.library.opcheck(dense._norm, (hidden, residual, weight, 1e-5), test_utils=checks)
+    torch.library.opcheck(dense._norm, (hidden, None, weight, 1e-5), test_utils=checks)
     x, projection = leaves_of([draw(2, 3, 4), draw(5, 4)], torch.float32)
-    torch.library.opcheck(cpu_dense._linear, (x, projection), test_utils=checks)
+    torch.library.opcheck(dense._linear, (x, projection), test_utils=checks)
 
 
 @every_dtype

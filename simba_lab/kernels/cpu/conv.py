@@ -9,7 +9,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from simba_lab.kernels.cpu_math import FAST, sigmoid
+from simba_lab.kernels.cpu.elementary import FAST, sigmoid
 
 STRETCH = 64
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from simba_lab.kernels.cpu_math import FAST, exp, softplus
+from simba_lab.kernels.cpu.elementary import FAST, exp, softplus
 
 WIDTH = 64
 MAX, ABSMAX, L2 = 0, 1, 2

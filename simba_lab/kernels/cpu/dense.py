@@ -75,13 +75,13 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("simba_lab::add_rms_norm", mutates_args=(), device_types="cpu")
 def _norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    from simba_lab.kernels import cpu_norm
+    from simba_lab.kernels.cpu import norm
 
     use_torch_threads()
     normed, stream = hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
     inverse = hidden.new_empty(hidden.shape[:-1])
     before = hidden if residual is None else residual
-    cpu_norm.forward(
+    norm.forward(
         _rows(hidden), _rows(before), residual is not None, _rows(weight)[0], inverse.numpy().dtype.type(eps),
         _rows(normed), _rows(stream), inverse.view(-1).numpy(),
     )  # fmt: skip
@@ -101,12 +101,12 @@ def _(hidden, residual, weight, eps):  # noqa: ANN001, ANN202
 def _norm_backward(
     stream: Tensor, inverse: Tensor, weight: Tensor, dnormed: Tensor, dstream: Tensor
 ) -> tuple[Tensor, Tensor]:
-    from simba_lab.kernels import cpu_norm
+    from simba_lab.kernels.cpu import norm
 
     use_torch_threads()
     dinput = stream.new_empty(stream.shape)
-    dweight = stream.new_empty(-(-inverse.numel() // cpu_norm.STRETCH), stream.shape[-1])
-    cpu_norm.backward(
+    dweight = stream.new_empty(-(-inverse.numel() // norm.STRETCH), stream.shape[-1])
+    norm.backward(
         _rows(stream), inverse.contiguous().view(-1).numpy(), _rows(weight)[0], _rows(dnormed), _rows(dstream),
         _rows(dinput), dweight.numpy(),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from simba_lab.kernels.cpu_math import FAST, exp, sigmoid, softplus
+from simba_lab.kernels.cpu.elementary import FAST, exp, sigmoid, softplus
 
 WIDTH = 64
 CHUNK = 32

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from simba_lab.kernels.cpu_math import FAST
+from simba_lab.kernels.cpu.elementary import FAST
 
 STRETCH = 128
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from simba_lab.kernels.cpu_dense import add_rms_norm as add_rms_norm
-from simba_lab.kernels.cpu_dense import linear as linear
-from simba_lab.kernels.cpu_dense import use_torch_threads
+from simba_lab.kernels.cpu.dense import add_rms_norm as add_rms_norm
+from simba_lab.kernels.cpu.dense import linear as linear
+from simba_lab.kernels.cpu.dense import use_torch_threads
 
 _COMPUTE = {torch.float32: torch.float32, torch.float64: torch.float64}
 
@@ -42,11 +42,11 @@ def _array(t: Tensor):  # noqa: ANN202 - numpy array sharing the memory of a con
 
 def _scan_outputs(x: Tensor, A: Tensor, initial: Tensor, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Unfilled output (B, L, D), final state (B, D, N) and, if wanted, states at the starts of chunks, by block."""
-    from simba_lab.kernels import cpu_scan
+    from simba_lab.kernels.cpu import scan
 
     batch, length, channels = x.shape
-    chunks = -(-length // cpu_scan.CHUNK) if keep_states else 0
-    starts = x.new_empty(batch, chunks, -(-channels // cpu_scan.WIDTH), A.shape[1], cpu_scan.WIDTH)
+    chunks = -(-length // scan.CHUNK) if keep_states else 0
+    starts = x.new_empty(batch, chunks, -(-channels // scan.WIDTH), A.shape[1], scan.WIDTH)
     return x.new_empty(x.shape), initial.new_empty(initial.shape), starts
 
 
@@ -55,12 +55,12 @@ def _scan(
     x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, initial: Tensor,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from simba_lab.kernels import cpu_scan
+    from simba_lab.kernels.cpu import scan
 
     use_torch_threads()
     out, final, starts = _scan_outputs(x, A, initial, keep_states)
     (x_, dt_, B_, C_, z_), strides = _flat(x, dt, B, C, z)
-    cpu_scan.forward(
+    scan.forward(
         x_, dt_, _array(dt_bias), _array(A), B_, C_, _array(D), z_, strides, _array(initial),
         out.numpy(), final.numpy(), starts.numpy(),
     )  # fmt: skip
@@ -77,7 +77,7 @@ def _scan_backward(
     x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, starts: Tensor,
     dout: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from simba_lab.kernels import cpu_scan
+    from simba_lab.kernels.cpu import scan
 
     use_torch_threads()
     batch, length, channels = x.shape
@@ -87,7 +87,7 @@ def _scan_backward(
     dB, dC = x.new_empty(2, batch, blocks, length, states).unbind()
     dD = x.new_empty(batch, channels)
     (x_, dt_, B_, C_, z_), strides = _flat(x, dt, B, C, z)
-    cpu_scan.backward(
+    scan.backward(
         x_, dt_, _array(dt_bias), _array(A), B_, C_, _array(D), z_, strides, _array(starts),
         _array(dout), _array(dfinal), dx.numpy(), ddt.numpy(), dA.numpy(), dB.numpy(), dC.numpy(), dD.numpy(),
         dz.numpy(), dinitial.numpy(),
@@ -128,12 +128,12 @@ def selective_scan(
 
 @torch.library.custom_op("simba_lab::causal_conv", mutates_args=(), device_types="cpu")
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor) -> Tensor:
-    from simba_lab.kernels import cpu_conv
+    from simba_lab.kernels.cpu import conv
 
     use_torch_threads()
     out = x.new_empty(x.shape)
     (x_,), strides = _flat(x)
-    cpu_conv.forward(x_, strides[0], _array(weight.t()), _array(bias), _array(initial), out.numpy())
+    conv.forward(x_, strides[0], _array(weight.t()), _array(bias), _array(initial), out.numpy())
     return out
 
 
@@ -146,21 +146,21 @@ def _(x, weight, bias, initial):  # noqa: ANN001, ANN202
 def _conv_backward(
     x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from simba_lab.kernels import cpu_conv
+    from simba_lab.kernels.cpu import conv
 
     use_torch_threads()
     batch, length, channels = x.shape
-    jobs = batch * -(-length // cpu_conv.STRETCH)
+    jobs = batch * -(-length // conv.STRETCH)
     dinner, dx = x.new_empty(2, batch, length, channels).unbind()
     dweight, dbias = x.new_empty(jobs, weight.shape[1], channels), x.new_empty(jobs, channels)
     dinitial = x.new_empty(initial.shape)
     (x_,), strides = _flat(x)
     taps = _array(weight.t())
-    cpu_conv.backward(
+    conv.backward(
         x_, strides[0], taps, _array(bias), _array(initial), _array(dout), dinner.numpy(), dweight.numpy(),
         dbias.numpy(),
     )  # fmt: skip
-    cpu_conv.spread(dinner.numpy(), taps, dx.numpy(), dinitial.numpy())
+    conv.spread(dinner.numpy(), taps, dx.numpy(), dinitial.numpy())
     return dx, dweight.sum(0).t().contiguous(), dbias.sum(0), dinitial
 
 
@@ -194,16 +194,16 @@ def _impact(
 
     import numpy as np
 
-    from simba_lab.kernels import cpu_impact
+    from simba_lab.kernels.cpu import impact
 
     use_torch_threads()
     batch, length, channels = x.shape
-    partial = x.new_empty(batch, -(-channels // cpu_impact.WIDTH), length)
+    partial = x.new_empty(batch, -(-channels // impact.WIDTH), length)
     (x_, dt_, B_), strides = _flat(x, dt, B)
     array = partial.numpy()
     vanished = array.dtype.type(math.log(np.finfo(array.dtype).tiny))
-    code = {"max": cpu_impact.MAX, "absmax": cpu_impact.ABSMAX, "l2": cpu_impact.L2}[reduce]
-    cpu_impact.scores(
+    code = {"max": impact.MAX, "absmax": impact.ABSMAX, "l2": impact.L2}[reduce]
+    impact.scores(
         x_, dt_, _array(dt_bias), _array(A), B_, _array(C_boundary), _array(gate), strides, code, vanished, array
     )
     return partial.sum(1).sqrt() if reduce == "l2" else partial.amax(1)
