@@ -26,6 +26,8 @@ class Backend:
     selective_scan: Callable
     causal_conv: Callable
     global_impact: Callable
+    select_tokens: Callable
+    keep_tokens: Callable
 
 
 def _reference_reason(device: str) -> str | None:

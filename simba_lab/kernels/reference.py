@@ -130,9 +130,35 @@ def impact_per_channel(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C_boundar
     return weights * delta_ * x_
 
 
-def gather_tokens(stream: Tensor, index: Tensor) -> Tensor:
-    """Tokens ``index`` (B, k) of ``stream`` (B, L, D), as (B, k, D)."""
-    return stream.gather(1, index[:, :, None].expand(-1, -1, stream.shape[2]))
+def protected_scores(scores: Tensor, protected: int) -> Tensor:
+    """``scores`` (B, L) in which the ``protected`` newest tokens win against everything and NaN loses against all."""
+    scores = torch.nan_to_num(scores.detach(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    newest = torch.arange(scores.shape[1], device=scores.device) >= scores.shape[1] - protected
+    return torch.where(newest, torch.inf, scores)
+
+
+def select_tokens(scores: Tensor, k: int, protected: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The ``k`` highest of ``scores`` (B, L), the ``protected`` newest tokens always among them (protected <= k <= L).
+
+    Ties go to the later token, NaN counts as -inf. Returns their indices, ascending, and what ``positions`` (B, L)
+    int64 says of them (None: 0..L-1), both (B, k) int64.
+    """
+    backwards = protected_scores(scores, protected).flip(1)
+    order = torch.sort(backwards, dim=1, descending=True, stable=True).indices[:, :k]
+    chosen = (scores.shape[1] - 1 - order).sort(dim=1).values
+    return chosen, chosen if positions is None else positions.gather(1, chosen)
+
+
+def keep_tokens(hidden: Tensor, residual: Tensor, chosen: Tensor, present: int) -> tuple[Tensor, Tensor]:
+    """Tokens ``chosen`` (B, k) of the first ``present`` of both streams (B, L, D), then all tokens after ``present``.
+
+    ``chosen`` names no token twice. Returns the two streams (B, k + L - present, D) in their own dtypes.
+    """
+    index = chosen[:, :, None].expand(-1, -1, hidden.shape[2])
+    hidden, residual = (
+        torch.cat([stream[:, :present].gather(1, index), stream[:, present:]], dim=1) for stream in (hidden, residual)
+    )
+    return hidden, residual
 
 
 def add_rms_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

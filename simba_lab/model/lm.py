@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +13,16 @@ from torch import Tensor, nn
 from simba_lab.errors import InputError
 from simba_lab.kernels import Backend, check_name, resolve
 from simba_lab.kernels.cost import charge, is_recording, select
-from simba_lab.kernels.reference import gather_tokens
 from simba_lab.model.config import ModelConfig
 from simba_lab.model.cost import Breakdown, forward_flops
 from simba_lab.model.mamba import Block, LayerState, MixerSignals, Projection, RMSNorm, initialise_mixer
-from simba_lab.pruning import PruningPlan, ScoredShape, Signals, select_index
+from simba_lab.pruning import PruningPlan, ScoredShape, Signals
 from simba_lab.pruning.criteria import checked_scores, sequence_key
+from simba_lab.pruning.select import select_tokens
 from simba_lab.registry import Spec
+
+if TYPE_CHECKING:
+    from simba_lab.model.captured import CapturedPrefill
 
 HEADS = ("scored", "all")
 PROTOCOLS = ("suffix", "full")
@@ -37,6 +42,12 @@ class Output:
     kept: list[Tensor]
     states: list[LayerState] = field(repr=False)
     acausal: bool = False
+
+    def clone(self) -> Output:
+        """A copy that shares no memory with this one."""
+        states = [LayerState(state.conv.clone(), state.ssm.clone()) for state in self.states]
+        kept = [positions.clone() for positions in self.kept]
+        return Output(self.logits.clone(), self.positions.clone(), kept, states, self.acausal)
 
 
 class Backbone(nn.Module):
@@ -172,33 +183,37 @@ class LanguageModel(nn.Module):
         backend, counts = self.backend, self.keep_counts(n_context)
         hidden, residual = self.backbone.embedding(tokens), None
         position = torch.arange(n_context, device=tokens.device).expand(tokens.shape[0], n_context)
-        key = None if self.pruning is None else sequence_key(tokens[:, :n_context])
+        key = functools.cache(lambda: sequence_key(tokens[:, :n_context]))
         kept, states = [], []
         for layer, block in enumerate(self.backbone.layers):
             kept.append(position)
             hidden, residual, state, signals = block(hidden, residual, backend)
             states.append(state)
             if layer + 1 < len(counts) and counts[layer + 1] < counts[layer]:
-                chosen = self._choose(layer, counts[layer + 1], signals, hidden + residual, position, key)
-                position = position.gather(1, chosen)
-                hidden, residual = (_keep(stream, chosen, counts[layer]) for stream in (hidden, residual))
+                stream = functools.partial(_stream, hidden, residual, counts[layer])
+                chosen, position = self._choose(layer, counts[layer + 1], signals, stream, position, key)
+                hidden, residual = backend.keep_tokens(hidden, residual, chosen, counts[layer])
         return hidden, residual, kept, states
 
-    def _choose(self, layer: int, k: int, mixer: MixerSignals, stream: Tensor, position: Tensor, key: Tensor) -> Tensor:
-        """Indices (B, k) of the surviving context tokens of ``layer`` that go on."""
+    def _choose(
+        self, layer: int, k: int, mixer: MixerSignals, stream: Callable[[], Tensor], position: Tensor,
+        key: Callable[[], Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Indices (B, k) of the surviving context tokens of ``layer`` that go on, and their positions (B, k)."""
         plan, block, present = self.pruning, self.backbone.layers[layer].mixer, position.shape[1]
         context = {name: getattr(mixer, name)[:, :present].detach() for name in ("x", "dt", "B", "C", "z")}
         with torch.no_grad():
             signals = Signals(
                 layer=layer, backend=self.backend, dt_bias=block.dt_proj.bias, A=block.A,
-                hidden=stream[:, :present], positions=position, sequence_key=key, **context,
+                hidden=stream, positions=position, sequence_key=key, **context,
             )  # fmt: skip
-            chosen = select_index(checked_scores(plan.criterion, signals), k, plan.protect_recent)
+            scores = checked_scores(plan.criterion, signals)
+            selected = select_tokens(self.backend, scores, position, k, plan.protect_recent)
         if is_recording():  # the cost of a user's criterion is measured, which takes time
             shape = ScoredShape(present, self.config.d_model, self.config.d_inner, self.config.d_state)
             charge(layer, "score", position.shape[0] * plan.criterion.flops(shape))
             charge(layer, "select", position.shape[0] * select(present))
-        return chosen
+        return selected
 
     def _head(self, hidden: Tensor, residual: Tensor) -> Tensor:
         normed, _ = self.backbone.norm_f(hidden, residual, self.backend)
@@ -207,6 +222,15 @@ class LanguageModel(nn.Module):
     def prefill(self, context: Tensor) -> Output:
         """The context alone (B, T), pruned: logits (B, 1, V) at the boundary and the states to decode from."""
         return self(context, n_context=context.shape[1])
+
+    def captured(self, batch: int, n_context: int) -> CapturedPrefill:
+        """:meth:`prefill` of ``batch`` contexts of ``n_context`` tokens as one CUDA graph, replayed when called.
+
+        Raises InputError for a model that is not on a CUDA device.
+        """
+        from simba_lab.model.captured import CapturedPrefill
+
+        return CapturedPrefill(self, batch, n_context)
 
     def extend(self, tokens: Tensor, states: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
         """Suffix tokens (B, n) after ``states``: logits (B, n, V) and the new states. A decoding step is n = 1."""
@@ -218,6 +242,6 @@ class LanguageModel(nn.Module):
         return self._head(hidden, residual), after
 
 
-def _keep(stream: Tensor, chosen: Tensor, present: int) -> Tensor:
-    """The chosen context tokens of a stream, followed by all of its suffix."""
-    return torch.cat([gather_tokens(stream[:, :present], chosen), stream[:, present:]], dim=1)
+def _stream(hidden: Tensor, residual: Tensor, present: int) -> Tensor:
+    """The residual stream of the context after a layer, whose own contribution ``hidden`` the next one would add."""
+    return hidden[:, :present] + residual[:, :present]

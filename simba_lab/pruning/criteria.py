@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,11 +16,30 @@ from simba_lab.kernels import Backend, cost
 from simba_lab.registry import Registry
 
 
+class _OnDemand:
+    """A field that may be given as a function: it is called when the field is first read, and not if it never is."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name, self._key = name, f"_{name}"
+
+    def __get__(self, instance: Signals | None, owner: type | None = None) -> Tensor:
+        if instance is None:
+            raise AttributeError(self._name)  # tells dataclass that the field has no default
+        value = instance.__dict__[self._key]
+        if callable(value):
+            value = instance.__dict__[self._key] = value()
+        return value
+
+    def __set__(self, instance: Signals, value: Tensor | Callable[[], Tensor]) -> None:
+        instance.__dict__[self._key] = value
+
+
 @dataclass(frozen=True)
 class Signals:
     """What a layer computed for the k context tokens present in it; nothing of the suffix is in here.
 
-    Shapes: B sequences, k tokens, D inner channels, N states, M model channels, T original context length.
+    Shapes: B sequences, k tokens, D inner channels, N states, M model channels, T original context length. ``hidden``
+    and ``sequence_key`` may be given as functions: few criteria read them, and each costs a pass over its tokens.
     """
 
     layer: int
@@ -31,9 +51,9 @@ class Signals:
     B: Tensor  # (B, k, N)
     C: Tensor  # (B, k, N)
     z: Tensor  # (B, k, D) gate before SiLU
-    hidden: Tensor  # (B, k, M) residual-stream vectors after this layer
+    hidden: Tensor = _OnDemand()  # (B, k, M) residual-stream vectors after this layer
     positions: Tensor  # (B, k) int64, original positions, ascending
-    sequence_key: Tensor  # (B,) int64, a hash of the context's token ids
+    sequence_key: Tensor = _OnDemand()  # (B,) int64, a hash of the context's token ids
 
     @property
     def delta(self) -> Tensor:
@@ -192,7 +212,11 @@ def _shift(value: Tensor, bits: int) -> Tensor:
 
 
 def mix_int(value: int) -> int:
-    return int(mix(torch.tensor(_signed(value))))
+    """:func:`mix` of one number, without a tensor: reading one back would make a CUDA device wait."""
+    value %= 1 << 64
+    for shift, factor in ((30, _MIX[0]), (27, _MIX[1])):
+        value = (value ^ (value >> shift)) * factor % (1 << 64)
+    return _signed(value ^ (value >> 31))
 
 
 def sequence_key(tokens: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 from simba_lab.kernels.cpu.dense import add_rms_norm as add_rms_norm
 from simba_lab.kernels.cpu.dense import linear as linear
 from simba_lab.kernels.cpu.dense import use_torch_threads
+from simba_lab.kernels.reference import keep_tokens as keep_tokens
+from simba_lab.kernels.reference import select_tokens as select_tokens
 
 _COMPUTE = {torch.float32: torch.float32, torch.float64: torch.float64}
 
