@@ -45,6 +45,22 @@ class EpochShuffle(DistributedSampler):
         """Does nothing: Lightning's count is one too high after a resume from an epoch's last batch."""
 
 
+class Share(DistributedSampler):
+    """Every ``num_replicas``-th item from ``rank`` on, in order, none twice.
+
+    (Lightning's own sampler for evaluation gives items twice so that all processes get equally many.)
+    """
+
+    def __init__(self, dataset: Sized, num_replicas: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))
+
+
 class EpochLoader(DataLoader):
     """A loader over an `EpochShuffle` that counts the batches it hands out, and goes on from there.
 
@@ -76,9 +92,17 @@ class EpochLoader(DataLoader):
 
 
 def training_loader(
-    dataset: Dataset, batch_size: int, seed: int, num_workers: int = 0, num_replicas: int = 1, rank: int = 0
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    num_workers: int = 0,
+    num_replicas: int = 1,
+    rank: int = 0,
+    pin_memory: bool = False,
 ) -> EpochLoader:
     """Shuffled full batches; an incomplete last batch is dropped, other items each epoch.
+
+    With `pin_memory` batches lie in page-locked memory, from which a copy to a GPU does not wait for the GPU.
 
     Raises:
         InputError: Fewer items than one batch per process.
@@ -91,16 +115,38 @@ def training_loader(
         batch_size=batch_size,
         sampler=EpochShuffle(dataset, batch_size, seed, num_replicas, rank),
         num_workers=num_workers,
+        pin_memory=pin_memory,
         drop_last=True,
         generator=torch.Generator().manual_seed(seed),
     )
 
 
-def evaluation_loader(dataset: Dataset, batch_size: int, count: int | None, num_workers: int = 0) -> DataLoader:
-    """The items in their order, the same ones every time: all, or `count` evenly spread ones."""
+def evaluation_loader(
+    dataset: Dataset,
+    batch_size: int,
+    count: int | None,
+    num_workers: int = 0,
+    num_replicas: int = 1,
+    rank: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """The items in their order, the same ones every time: all, or `count` evenly spread ones; a share per process.
+
+    Raises:
+        InputError: Fewer items than processes.
+    """
     if count is not None and count < len(dataset):
         dataset = Subset(dataset, [index * len(dataset) // count for index in range(count)])
+    if len(dataset) < num_replicas:
+        raise InputError(
+            f"data: {num_replicas} processes share {len(dataset)} held-out examples; give at least one each"
+        )
     # A generator of its own keeps the loader from drawing its workers' seed from the global one.
     return DataLoader(
-        dataset, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator().manual_seed(0)
+        dataset,
+        batch_size=batch_size,
+        sampler=Share(dataset, num_replicas, rank),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(0),
     )

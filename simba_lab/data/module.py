@@ -39,8 +39,9 @@ class ResumableData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> EpochLoader:
         """Shuffled batches; a checkpoint made during `fit` restores the place in the epoch."""
-        processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        loader = training_loader(self.dataset("train"), self.batch_size, self.seed, self.num_workers, processes, rank)
+        loader = training_loader(
+            self.dataset("train"), self.batch_size, self.seed, self.num_workers, *self._processes()
+        )
         if self._restored is not None:
             loader.load_state_dict(self._restored)
         self._training, self._restored = loader, None
@@ -68,4 +69,13 @@ class ResumableData(LightningDataModule, ABC):
             self._restored = state_dict
 
     def _held_out(self, split: str) -> DataLoader:
-        return evaluation_loader(self.dataset(split), self.batch_size, self.held_out_count(split), self.num_workers)
+        return evaluation_loader(
+            self.dataset(split), self.batch_size, self.held_out_count(split), self.num_workers, *self._processes()
+        )
+
+    def _processes(self) -> tuple[int, int, bool]:
+        """How many share the data, which of them this one is, and whether it feeds a GPU."""
+        if self.trainer is None:
+            return 1, 0, False
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        return self.trainer.world_size, self.trainer.global_rank, on_gpu

@@ -26,6 +26,7 @@ class Backend:
     selective_scan: Callable
     causal_conv: Callable
     global_impact: Callable
+    cross_entropy: Callable
     select_tokens: Callable
     keep_tokens: Callable
 

@@ -170,3 +170,11 @@ def add_rms_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: f
     residual = hidden.to(wide) if residual is None else residual + hidden.to(wide)
     inverse_rms = torch.rsqrt(residual.square().mean(-1, keepdim=True) + eps)
     return (residual * inverse_rms * weight.to(wide)).to(weight.dtype), residual
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
+    """Mean over scored rows of ``logsumexp(logits) - logits[label]``, nats, a scalar in fp32 at least.
+
+    ``logits`` (n, V), ``labels`` (n,) int64; rows whose label is ``ignored`` are not scored, none scored gives NaN.
+    """
+    return F.cross_entropy(logits.to(_accumulator(logits)), labels, ignore_index=ignored)

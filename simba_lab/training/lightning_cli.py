@@ -99,6 +99,8 @@ def _run_folder(config: Any) -> Path:
 def print_held_out(trainer: Trainer, model: LanguageModeling, data: LightningDataModule) -> None:
     """Measures the test split and prints it; for text beside ``xz -9`` of the same text."""
     (measured,) = trainer.test(model, data, verbose=False)
+    if not trainer.is_global_zero:
+        return
     if "test/bits_per_byte" in measured:
         xz = data.xz_bits_per_byte("test")
         for logger in trainer.loggers:

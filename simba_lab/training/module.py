@@ -10,18 +10,22 @@ import torch
 import torch.nn.functional as F
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric, SumMetric
 
 from simba_lab.checkpoint import SPEC_KEY, model_spec
 from simba_lab.errors import InputError
-from simba_lab.kernels.cost import Ledger, recording
+from simba_lab.kernels.cost import Ledger
 from simba_lab.model import LanguageModel, ModelConfig
 from simba_lab.pruning import PruningPlan
+from simba_lab.training.graphs import Step
+from simba_lab.training.loss import IGNORED, TokenLoss
 
 LEDGER_KEY = "simba_lab_ledger"
-IGNORED = -100
 
 
 class PartSpec:
@@ -66,6 +70,8 @@ class LanguageModeling(LightningModule):
         betas: AdamW's two.
         warmup_steps: steps of linear rise to the peak.
         final_lr_share: share of the peak at which the cosine ends.
+        cuda_graphs: ``auto`` replays the training step as a CUDA graph where that is possible, ``off`` never does; the
+            numbers are the same.
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class LanguageModeling(LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         warmup_steps: int = 100,
         final_lr_share: float = 0.1,
+        cuda_graphs: str = "auto",
     ) -> None:
         super().__init__()
         if learning_rate <= 0 or weight_decay < 0 or warmup_steps < 0 or not 0 <= final_lr_share <= 1:
@@ -98,6 +105,7 @@ class LanguageModeling(LightningModule):
         self.lm = LanguageModel(model, plan, backend, seed)
         self.ledger = Ledger()
         self.tokens_seen = 0
+        self.step = Step(TokenLoss(self.lm, pruning.n_context if pruning else None), self.ledger, cuda_graphs)
         # Exact per split: sums over all scored tokens, not means of batch means.
         self.nll, self.accuracy = MeanMetric(), MeanMetric()
         self.nll_sum, self.byte_sum = (SumMetric().set_dtype(torch.float64) for _ in range(2))
@@ -112,23 +120,39 @@ class LanguageModeling(LightningModule):
             )
 
     def scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (n, V), fp32, and labels (n,) of all positions if dense, else of boundary and suffix.
+        """Logits (n, V) and labels (n,) of all positions if dense, else of boundary and suffix.
 
         Labels of ``IGNORED`` stand among them.
         """
-        tokens, labels = batch["tokens"], batch["labels"]
-        if self.pruned is None:
-            return self.lm(tokens).logits.flatten(0, 1).float(), labels.flatten()
-        logits = self.lm(tokens, n_context=self.pruned.n_context).logits
-        return logits.flatten(0, 1).float(), labels[:, self.pruned.n_context - 1 :].flatten()
+        return self.step.loss.scored(batch["tokens"], batch["labels"])
+
+    def on_train_start(self) -> None:
+        self.step.begin(self.trainer)
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        with recording(self.ledger):
-            logits, labels = self.scored(batch)
-        self.tokens_seen += batch["tokens"].numel()
-        loss = F.cross_entropy(logits, labels, ignore_index=IGNORED)
-        self.log("train/loss", loss, prog_bar=True)
+        loss = self.step.forward(batch["tokens"], batch["labels"])
+        self.tokens_seen += batch["tokens"].numel() * self.trainer.world_size
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **options: Any) -> None:
+        self.step.backward(lambda: loss.backward(*args, **options))
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """As Lightning, which under autocast refuses a fused optimiser: fused ones undo fp16's loss scaling themselves.
+
+        Where nothing is scaled nothing stands in the way, and the fused optimiser is never built where it is.
+        """
+        if not any(group.get("fused") for group in optimizer.param_groups):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+        Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+
+    def on_train_end(self) -> None:
+        self.step.forget()
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         self._measure(batch)
@@ -139,6 +163,7 @@ class LanguageModeling(LightningModule):
     def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
         """Negative log-likelihood in nats, and whether the label was the most likely token, of each scored position."""
         logits, labels = self.scored(batch)
+        logits = logits.float()
         nll = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
         scored, correct = labels != IGNORED, logits.argmax(-1) == labels
         return {"nll": nll[scored], "correct": correct[scored], "labels": labels[scored]}
@@ -179,9 +204,14 @@ class LanguageModeling(LightningModule):
             matrix = parameter.dim() >= 2 and not name.endswith(("A_log", "embedding.weight", "lm_head.weight"))
             (decayed if matrix else free).append(parameter)
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": free, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        fused = True if self._can_fuse() else None
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _can_fuse(self) -> bool:
+        """One kernel for the whole update: on CUDA, unless fp16's loss scaling would have to be undone before it."""
+        return self.device.type == "cuda" and getattr(self.trainer.precision_plugin, "scaler", None) is None
 
     def _lr_share(self, step: int) -> float:
         if step < self.warmup_steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_READINGS = 10.0, 0.5
 
 
 class Throughput(Callback):
@@ -35,6 +36,9 @@ class Throughput(Callback):
 class Bar(RichProgressBar):
     """Lightning's bar, whose end is ``max_steps`` when that comes before the end of the epoch."""
 
+    _read = -math.inf
+    _shown: dict[str, Any] = {}
+
     @property
     def total_train_batches(self) -> int | float:
         batches = super().total_train_batches
@@ -46,9 +50,13 @@ class Bar(RichProgressBar):
         return min(batches, max(1, left))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+        """At most twice a second: every reading of a number makes the host wait for the device."""
+        now = time.monotonic()
+        if now - self._read >= SECONDS_BETWEEN_READINGS:
+            self._shown = super().get_metrics(trainer, pl_module)
+            self._shown.pop("v_num", None)
+            self._read = time.monotonic()
+        return self._shown
 
 
 class Lines(ProgressBar):

@@ -137,6 +137,8 @@ class RunRecord(Callback):
             "convention": CONVENTION,
             "parameters": sum(p.numel() for p in module.lm.parameters()),
             "backend": module.lm.backend.name,
+            "processes": trainer.world_size,
+            "cuda_graphs": module.step.reason or "on",
             "environment": describe(),
         }
         write_json(Path(trainer.default_root_dir) / RUN_FILE, record)
