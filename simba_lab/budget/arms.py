@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from simba_lab.errors import InputError
 from simba_lab.kernels import cost
 from simba_lab.model import Breakdown, ModelConfig, forward_flops
-from simba_lab.pruning import PruningPlan, ScoredShape
+from simba_lab.model.cost import scored_shape
+from simba_lab.pruning import PruningPlan
 
 MOST_STEPS = 10**9
 
@@ -124,8 +125,7 @@ class PrunedArm(Arm):
         return sum(flops for (_, op), flops in self.window().entries.items() if op not in ("score", "select"))
 
     def _scoring(self, tokens: int) -> int:
-        shape = ScoredShape(tokens, self.config.d_model, self.config.d_inner, self.config.d_state)
-        return self.plan.criterion.flops(shape) + cost.select(tokens)
+        return self.plan.criterion.flops(scored_shape(self.config, tokens)) + cost.select(tokens)
 
 
 def _refuse_plan(arm: Arm) -> None:
@@ -164,11 +164,12 @@ class ShorterContextArm(Arm):
 class DenseArm(Arm):
     """Dense; turns its width (``turns = "d_model"``) or its depth (``"n_layer"``).
 
-    The knob takes multiples of ``step`` up to ``most``; None is what the config it is given has.
+    The knob takes multiples of ``step`` up to ``most``; None is the least step that the config's layers allow (a
+    Mamba-2 layer is made of whole heads), and what the config it is given has.
     """
 
     turns: str = "d_model"
-    step: int = 1
+    step: int | None = None
     most: int | None = None
 
     def __post_init__(self) -> None:
@@ -177,8 +178,13 @@ class DenseArm(Arm):
             raise InputError(f"arm {self.name}: a dense arm turns d_model or n_layer, not {self.turns!r}")
         if self.most is None:
             object.__setattr__(self, "most", getattr(self.config, self.turns))
+        least = self.config.width_step if self.turns == "d_model" else 1
+        if self.step is None:
+            object.__setattr__(self, "step", least)
         if not 1 <= self.step <= self.most:
             raise InputError(f"arm {self.name}: step must lie in 1..{self.most}, got {self.step}")
+        if self.step % least:
+            raise InputError(f"arm {self.name}: step must be a multiple of {least}, the width of whole heads")
 
     @property
     def knob(self) -> str:

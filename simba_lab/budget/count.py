@@ -40,8 +40,7 @@ class _ScoreScope(nn.Module):
         self.seen: ScoredShape | None = None
 
     def forward(self, signals: Signals) -> Tensor:
-        _, tokens, width = map(int, signals.hidden.shape)
-        self.seen = ScoredShape(tokens, width, *map(int, signals.A.shape))
+        self.seen = signals.shape
         if self.criterion.op is None:
             return signals.hidden.new_empty(signals.hidden.shape[:2])
         return self.criterion.score(signals)

@@ -25,9 +25,10 @@ class UncountedOperation(InputError):
 
 
 # Reads, writes, moves or describes data.
-_MOVES = """Int ScalarImplicit arange cat chunk contiguous detach embedding expand expand_as flip full full_like gather
-index_select narrow new_empty new_full new_ones new_zeros empty empty_like ones ones_like permute reshape select size
-slice split split_with_sizes squeeze stack t to transpose type_as unbind unsqueeze view where zeros zeros_like"""
+_MOVES = """Int ScalarImplicit arange cat chunk contiguous detach embedding expand expand_as flatten flip full
+full_like gather index_select narrow new_empty new_full new_ones new_zeros empty empty_like ones ones_like permute
+reshape select size slice split split_with_sizes squeeze stack t to transpose type_as unbind unflatten unsqueeze view
+where zeros zeros_like"""
 
 # Floating-point work that the convention leaves out: norms, activations, residual and bias additions, A = -exp(A_log),
 # the cleaning of scores before they are sorted, and the scaling of ``random``'s integers to [0, 1).
@@ -37,7 +38,8 @@ _INTEGER_ONLY = "__and__ __lshift__ __or__ __rshift__ __xor__ eq floor_divide ge
 
 _FLOATING = {"Half", "BFloat16", "Float", "Double", "ComplexFloat", "ComplexDouble"}
 
-FREE = frozenset({"simba_lab::add_rms_norm"} | {f"aten::{name}" for name in f"{_MOVES} {_BY_CONVENTION}".split()})
+_NORMS = {"simba_lab::add_rms_norm", "simba_lab::gated_rms_norm"}
+FREE = frozenset(_NORMS | {f"aten::{name}" for name in f"{_MOVES} {_BY_CONVENTION}".split()})
 
 
 def handles() -> dict[str, Handle]:
@@ -52,6 +54,8 @@ def handles() -> dict[str, Handle]:
         "simba_lab::causal_conv": _causal_conv,
         "simba_lab::selective_scan": _selective_scan,
         "simba_lab::global_impact": _global_impact,
+        "simba_lab::ssd": _ssd,
+        "simba_lab::ssd_impact": _ssd_impact,
         "aten::linalg_vector_norm": _vector_norm,
         "aten::sort": _sort,
     }
@@ -82,6 +86,17 @@ def _global_impact(inputs: list[Any], outputs: list[Any]) -> float:
     (batch, length, channels), (_, states) = _shape(inputs[0]), _shape(inputs[3])
     reduce, gated = inputs[7].toIValue(), inputs[8].toIValue()
     return cost.global_impact(batch * length, channels, states, gated, reduce) / 2
+
+
+def _ssd(inputs: list[Any], outputs: list[Any]) -> float:
+    (batch, length, heads, width), (*_, states) = _shape(inputs[0]), _shape(inputs[3])
+    return cost.ssd(batch * length, heads * width, states) / 2
+
+
+def _ssd_impact(inputs: list[Any], outputs: list[Any]) -> float:
+    (batch, length, heads, width), (*_, groups, states) = _shape(inputs[0]), _shape(inputs[3])
+    reduce, gated = inputs[6].toIValue(), inputs[7].toIValue()
+    return cost.ssd_impact(batch * length, heads * width, heads, groups, states, gated, reduce) / 2
 
 
 def _vector_norm(inputs: list[Any], outputs: list[Any]) -> float:

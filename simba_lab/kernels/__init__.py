@@ -26,9 +26,12 @@ class Backend:
     selective_scan: Callable
     causal_conv: Callable
     global_impact: Callable
-    cross_entropy: Callable
+    ssd: Callable
+    ssd_impact: Callable
+    gated_rms_norm: Callable
     select_tokens: Callable
     keep_tokens: Callable
+    cross_entropy: Callable
 
 
 def _reference_reason(device: str) -> str | None:

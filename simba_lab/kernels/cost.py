@@ -2,7 +2,8 @@
 
 Free by convention, in every arm alike: embedding look-up, norms, residual additions, activations (softplus, SiLU),
 gathers. A backward pass costs twice its forward pass; recomputation inside a kernel is not charged, so that the
-numbers do not depend on the backend.
+numbers do not depend on the backend. For the same reason the scan of Mamba-2 is charged as the recurrence it computes,
+whatever a kernel spends on the matrix products of its chunks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextvars import ContextVar
 from torch import Tensor
 
 CONVENTION = (
-    "FLOPs = 2 x multiply-adds; scan 9 d_inner d_state per token; scoring and selection included; "
+    "FLOPs = 2 x multiply-adds; scan 9 d_inner d_state per token (Mamba-2: 7); scoring and selection included; "
     "embedding, norms, activations, gathers free; backward = 2 x forward"
 )
 
@@ -33,6 +34,14 @@ def selective_scan(tokens: int, channels: int, states: int) -> int:
     return 9 * tokens * channels * states
 
 
+def ssd(tokens: int, channels: int, states: int) -> int:
+    """The 9 of :func:`selective_scan` less exponent and exp, which Mamba-2 has per head and not per channel and state.
+
+    This is Megatron-LM's count of the recurrence too. Chunked matrix products execute more and are not charged.
+    """
+    return 7 * tokens * channels * states
+
+
 def global_impact(tokens: int, channels: int, states: int, gated: bool, reduce: str) -> int:
     """Per channel and state: exponent, exp, multiply, add; per state: B C; per channel: step sum, two products, max.
 
@@ -40,6 +49,15 @@ def global_impact(tokens: int, channels: int, states: int, gated: bool, reduce: 
     """
     per_channel = 4 + int(gated) + int(reduce == "l2")
     return tokens * (4 * channels * states + states + per_channel * channels)
+
+
+def ssd_impact(tokens: int, channels: int, heads: int, groups: int, states: int, gated: bool, reduce: str) -> int:
+    """Per group and state: multiply, add; per head: step sum, exponent, exp, two products; per channel: product, max.
+
+    Gate and L2 reduction as in :func:`global_impact`.
+    """
+    per_channel = 2 + int(gated) + int(reduce == "l2")
+    return tokens * (2 * groups * states + 5 * heads + per_channel * channels)
 
 
 def vector_norm(tokens: int, channels: int) -> int:

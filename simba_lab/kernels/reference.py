@@ -13,6 +13,10 @@ Symbols (Mamba, Gu & Dao 2023, section 3; Simba for the score). Activations run 
 ``h``       (B, D, N)           state: h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t
 ==========  ==================  ===========================================================
 
+In Mamba-2 (Dao & Gu 2024) the channels form H heads of P, in G groups that share ``B`` and ``C``: ``x`` (B, L, H, P),
+``dt`` and ``delta`` (B, L, H), ``A`` and ``D`` (H,), ``B`` and ``C`` (B, L, G, N), ``h`` (B, H, P, N); head h belongs
+to group h // (H / G).
+
 The recurrences accumulate in fp32 for fp16 and bf16 input and in the input's own dtype otherwise. The fast
 backends are tested against this file, outputs and all gradients; it is not meant to be fast.
 """
@@ -108,6 +112,11 @@ def global_impact(
     impact = impact_per_channel(x, step_size(dt, dt_bias), A, B, C_boundary)
     if gate is not None:
         impact = impact * gate.to(impact.dtype)[:, None, :]
+    return reduce_channels(impact, reduce)
+
+
+def reduce_channels(impact: Tensor, reduce: str) -> Tensor:
+    """One score per token from impacts (B, L, D) per channel."""
     if reduce == "max":
         return impact.amax(-1)
     if reduce == "absmax":
@@ -128,6 +137,71 @@ def impact_per_channel(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C_boundar
     decay = torch.exp(later[..., None] * A_)
     weights = (decay * (B_ * C_[:, None, :])[:, :, None, :]).sum(-1)
     return weights * delta_ * x_
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial: Tensor | None = None,
+    chunk_size: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """The scan of Mamba-2 (SSD, Dao & Gu 2024, equation 2 with scalar A per head), shapes as in the text above.
+
+    ``initial`` (B, H, P, N) is the state before position 0 (zeros if None). ``chunk_size`` is for backends that work
+    in chunks; there are none here. Returns the output (B, L, H, P), skip connection included and not gated, in the
+    dtype of ``x``, and the final state (B, H, P, N) in the accumulation dtype.
+    """
+    batch, length, heads, width = x.shape
+    wide = _accumulator(x)
+    x_, A_, D_ = x.to(wide), A.to(wide), D.to(wide)
+    B_, C_ = (t.to(wide).repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))
+    delta_ = step_size(dt, dt_bias)
+    state = x_.new_zeros(batch, heads, width, B.shape[3]) if initial is None else initial.to(wide)
+    outputs = []
+    for t in range(length):
+        decay = torch.exp(delta_[:, t] * A_)
+        added = (delta_[:, t, :, None] * x_[:, t])[..., None] * B_[:, t, :, None, :]
+        state = decay[:, :, None, None] * state + added
+        outputs.append((state * C_[:, t, :, None, :]).sum(-1) + D_[:, None] * x_[:, t])
+    y = torch.stack(outputs, dim=1) if outputs else x_
+    return y.to(x.dtype), state
+
+
+def ssd_impact(
+    x: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C_boundary: Tensor,
+    gate: Tensor | None = None,
+    reduce: str = "max",
+) -> Tensor:
+    """Impact of every token on the boundary's output in a Mamba-2 layer; arguments as in :func:`global_impact`.
+
+    ``C_boundary`` (B, G, N), ``gate`` (B, H, P) or None; heads and their channels are reduced together.
+    """
+    impact = ssd_impact_per_channel(x, step_size(dt, dt_bias), A, B, C_boundary).flatten(2)
+    if gate is not None:
+        impact = impact * gate.to(impact.dtype).flatten(1)[:, None, :]
+    return reduce_channels(impact, reduce)
+
+
+def ssd_impact_per_channel(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C_boundary: Tensor) -> Tensor:
+    """``dy_b(t)[h,p] = sum_n C_b[n] exp(A[h] sum_{k=t+1..b} delta_k[h]) delta_t[h] B_t[n] x_t[h,p]`` as (B, L, H, P).
+
+    With A a scalar per head it factorises into ``(C_b . B_t) exp(..) delta_t``, one number per head, times x.
+    """
+    wide = _accumulator(x)
+    x_, delta_, A_, B_, C_ = (t.to(wide) for t in (x, delta, A, B, C_boundary))
+    later = delta_.flip(1).cumsum(1).flip(1) - delta_
+    match = (B_ * C_[:, None]).sum(-1).repeat_interleave(x.shape[2] // B.shape[2], dim=2)
+    return (match * torch.exp(later * A_) * delta_)[..., None] * x_
 
 
 def protected_scores(scores: Tensor, protected: int) -> Tensor:
@@ -170,6 +244,17 @@ def add_rms_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: f
     residual = hidden.to(wide) if residual is None else residual + hidden.to(wide)
     inverse_rms = torch.rsqrt(residual.square().mean(-1, keepdim=True) + eps)
     return (residual * inverse_rms * weight.to(wide)).to(weight.dtype), residual
+
+
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
+    """``g / rms(g) * weight`` of the gated output ``g = y silu(z)`` of a Mamba-2 layer, all (B, L, D), weight (D,).
+
+    The mean square is taken over each of ``groups`` equal runs of channels. Returns the dtype of ``y``.
+    """
+    wide = _accumulator(y)
+    gated = (y.to(wide) * F.silu(z.to(wide))).unflatten(-1, (groups, -1))
+    inverse_rms = torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
+    return ((gated * inverse_rms).flatten(-2) * weight.to(wide)).to(y.dtype)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:

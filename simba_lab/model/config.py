@@ -10,31 +10,41 @@ from typing import Any
 
 from simba_lab.errors import InputError
 
+D_STATE = {"mamba1": 16, "mamba2": 128}
+"""Generations of the layer, and the states per inner channel that each is published with."""
+_ONLY_MAMBA2 = ("headdim", "ngroups", "chunk_size")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and initialisation of a Mamba-1 language model; names follow state-spaces' ``MambaConfig``.
+    """Shape and initialisation of a Mamba language model; names follow state-spaces' ``MambaConfig`` and ``ssm_cfg``.
 
     Args:
         d_model: width of the residual stream.
         n_layer: number of Mamba layers.
         vocab_size: number of tokens before padding.
-        d_state: states per inner channel (N).
+        d_state: states per inner channel (N); None is 16 for ``mamba1`` and 128 for ``mamba2``, and is replaced by it.
         d_conv: taps of the causal convolution.
         expand: inner channels per model channel.
-        dt_rank: rank of the step-size projection; None is ceil(d_model / 16).
+        dt_rank: rank of the step-size projection; None is ceil(d_model / 16). Only ``mamba1`` has one.
         dt_min: smallest initial step size.
         dt_max: largest initial step size.
         dt_init_floor: initial step sizes are raised to at least this.
         norm_eps: added to the mean square in the RMS norms.
         tie_embeddings: share the weights of embedding and head.
         pad_vocab_size_multiple: the embedding has vocab_size rounded up to a multiple of this.
+        layer: generation of the layers, ``mamba1`` or ``mamba2`` (SSD, Dao & Gu 2024).
+        headdim: inner channels per head (P), which share one step size and one A. Only ``mamba2``.
+        ngroups: groups of heads (G), each with its own B and C. Only ``mamba2``.
+        chunk_size: tokens that a kernel may treat at once; results depend on it by rounding alone. Only ``mamba2``.
+        bias: give the projections into and out of the mixer (``in_proj``, ``out_proj``) a bias each.
+        conv_bias: give the causal convolution a bias.
     """
 
     d_model: int
     n_layer: int
     vocab_size: int
-    d_state: int = 16
+    d_state: int | None = None
     d_conv: int = 4
     expand: int = 2
     dt_rank: int | None = None
@@ -44,9 +54,20 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     pad_vocab_size_multiple: int = 8
+    layer: str = "mamba1"
+    headdim: int = 64
+    ngroups: int = 1
+    chunk_size: int = 256
+    bias: bool = False
+    conv_bias: bool = True
 
     def __post_init__(self) -> None:
-        for key in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "pad_vocab_size_multiple"):
+        if self.layer not in D_STATE:
+            raise InputError(f"model.layer must be {' or '.join(D_STATE)}, got {self.layer!r}")
+        if self.d_state is None:
+            object.__setattr__(self, "d_state", D_STATE[self.layer])
+        sizes = ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "pad_vocab_size_multiple")
+        for key in sizes + _ONLY_MAMBA2:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"model.{key} must be an integer of at least 1, got {value!r}")
@@ -56,10 +77,42 @@ class ModelConfig:
             raise InputError(f"model.dt_min must lie in (0, dt_max], got {self.dt_min} with dt_max {self.dt_max}")
         if self.dt_init_floor <= 0 or self.norm_eps <= 0:
             raise InputError("model.dt_init_floor and model.norm_eps must be above 0")
+        for key in ("tie_embeddings", "bias", "conv_bias"):
+            if not isinstance(getattr(self, key), bool):
+                raise InputError(f"model.{key} must be true or false, got {getattr(self, key)!r}")
+        self._check_generation()
+
+    def _check_generation(self) -> None:
+        if self.layer == "mamba2":
+            if self.dt_rank is not None:
+                raise InputError("model.dt_rank belongs to layer mamba1; mamba2 has one step size per head and no rank")
+            if self.d_model % self.width_step:
+                raise InputError(
+                    f"model.d_model must be a multiple of {self.width_step}, so that expand * d_model splits into "
+                    f"ngroups {self.ngroups} x heads of headdim {self.headdim}; got {self.d_model}"
+                )
+            return
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for key in _ONLY_MAMBA2:
+            if getattr(self, key) != defaults[key]:
+                raise InputError(f"model.{key} belongs to layer mamba2, not to {self.layer}")
 
     @property
     def d_inner(self) -> int:
         return self.expand * self.d_model
+
+    @property
+    def nheads(self) -> int:
+        """Heads of a Mamba-2 layer."""
+        return self.d_inner // self.headdim
+
+    @property
+    def width_step(self) -> int:
+        """``d_model`` must be a multiple of this."""
+        if self.layer == "mamba1":
+            return 1
+        group = self.headdim * self.ngroups
+        return group // math.gcd(group, self.expand)
 
     @property
     def rank(self) -> int:

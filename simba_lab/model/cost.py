@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from simba_lab.errors import InputError
@@ -43,7 +43,11 @@ class Breakdown:
 
 
 def layer_flops(config: ModelConfig, tokens: int) -> dict[str, int]:
-    """FLOPs by op of one Mamba-1 layer on ``tokens`` tokens."""
+    """FLOPs by op of one layer on ``tokens`` tokens."""
+    return _LAYER_FLOPS[config.layer](config, tokens)
+
+
+def _mamba1_flops(config: ModelConfig, tokens: int) -> dict[str, int]:
     inner, states, rank = config.d_inner, config.d_state, config.rank
     return {
         "in_proj": cost.linear(tokens, config.d_model, 2 * inner),
@@ -53,6 +57,28 @@ def layer_flops(config: ModelConfig, tokens: int) -> dict[str, int]:
         "selective_scan": cost.selective_scan(tokens, inner, states),
         "out_proj": cost.linear(tokens, inner, config.d_model),
     }
+
+
+def _mamba2_flops(config: ModelConfig, tokens: int) -> dict[str, int]:
+    inner, shared = config.d_inner, 2 * config.ngroups * config.d_state
+    return {
+        "in_proj": cost.linear(tokens, config.d_model, 2 * inner + shared + config.nheads),
+        "causal_conv": cost.causal_conv(tokens, inner + shared, config.d_conv),
+        "ssd": cost.ssd(tokens, inner, config.d_state),
+        "out_proj": cost.linear(tokens, inner, config.d_model),
+    }
+
+
+_LAYER_FLOPS: dict[str, Callable[[ModelConfig, int], dict[str, int]]] = {
+    "mamba1": _mamba1_flops,
+    "mamba2": _mamba2_flops,
+}
+
+
+def scored_shape(config: ModelConfig, tokens: int) -> ScoredShape:
+    """Sizes on which the cost of scoring ``tokens`` tokens may depend."""
+    heads, groups = (config.nheads, config.ngroups) if config.layer == "mamba2" else (None, 1)
+    return ScoredShape(tokens, config.d_model, config.d_inner, config.d_state, heads, groups)
 
 
 def forward_flops(
@@ -69,8 +95,7 @@ def forward_flops(
         for op, flops in layer_flops(config, count + n_suffix).items():
             entries[layer, op] = flops
         if layer + 1 < len(counts) and counts[layer + 1] < count:
-            shape = ScoredShape(count, config.d_model, config.d_inner, config.d_state)
-            entries[layer, "score"] = pruning.criterion.flops(shape)
+            entries[layer, "score"] = pruning.criterion.flops(scored_shape(config, count))
             entries[layer, "select"] = cost.select(count)
     rows = n_suffix + (1 if head == "scored" else counts[-1])
     entries[OUTSIDE, "head"] = cost.linear(rows, config.d_model, config.padded_vocab_size)

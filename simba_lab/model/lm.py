@@ -14,9 +14,10 @@ from simba_lab.errors import InputError
 from simba_lab.kernels import Backend, check_name, resolve
 from simba_lab.kernels.cost import charge, is_recording, select
 from simba_lab.model.config import ModelConfig
-from simba_lab.model.cost import Breakdown, forward_flops
-from simba_lab.model.mamba import Block, LayerState, MixerSignals, Projection, RMSNorm, initialise_mixer
-from simba_lab.pruning import PruningPlan, ScoredShape, Signals
+from simba_lab.model.cost import Breakdown, forward_flops, scored_shape
+from simba_lab.model.mamba import Block, LayerState, MixerSignals, Projection, RMSNorm
+from simba_lab.model.mixers import make_mixer
+from simba_lab.pruning import PruningPlan, Signals
 from simba_lab.pruning.criteria import checked_scores, sequence_key
 from simba_lab.pruning.select import select_tokens
 from simba_lab.registry import Spec
@@ -54,7 +55,7 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, _weight=_empty(config))
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(config, make_mixer(config, layer)) for layer in range(config.n_layer))
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
 
@@ -63,7 +64,7 @@ def _empty(config: ModelConfig) -> Tensor:
 
 
 class LanguageModel(nn.Module):
-    """Mamba-1 language model, dense or, with a :class:`PruningPlan`, sparse.
+    """Mamba language model of either generation, dense or, with a :class:`PruningPlan`, sparse.
 
     Args:
         config: shape and initialisation.
@@ -92,7 +93,7 @@ class LanguageModel(nn.Module):
             self.lm_head.weight.normal_(std=0.02, generator=generator)
         for block in self.backbone.layers:
             block.norm.weight.fill_(1.0)
-            initialise_mixer(block.mixer, self.config, generator)
+            block.mixer.initialise(self.config, generator)
         self.backbone.norm_f.weight.fill_(1.0)
 
     @property
@@ -204,14 +205,13 @@ class LanguageModel(nn.Module):
         context = {name: getattr(mixer, name)[:, :present].detach() for name in ("x", "dt", "B", "C", "z")}
         with torch.no_grad():
             signals = Signals(
-                layer=layer, backend=self.backend, dt_bias=block.dt_proj.bias, A=block.A,
+                layer=layer, backend=self.backend, dt_bias=block.dt_bias, A=block.A,
                 hidden=stream, positions=position, sequence_key=key, **context,
             )  # fmt: skip
             scores = checked_scores(plan.criterion, signals)
             selected = select_tokens(self.backend, scores, position, k, plan.protect_recent)
         if is_recording():  # the cost of a user's criterion is measured, which takes time
-            shape = ScoredShape(present, self.config.d_model, self.config.d_inner, self.config.d_state)
-            charge(layer, "score", position.shape[0] * plan.criterion.flops(shape))
+            charge(layer, "score", position.shape[0] * plan.criterion.flops(scored_shape(self.config, present)))
             charge(layer, "select", position.shape[0] * select(present))
         return selected
 

@@ -1,4 +1,7 @@
-"""One Mamba-1 layer: norm, mixer and the state it carries between calls. Parameter names are state-spaces' own."""
+"""One layer: norm, mixer and the state it carries between calls; the mixer of Mamba-1.
+
+Parameter names are state-spaces' own.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from simba_lab.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class LayerState:
-    """What one layer carries from token to token: conv (B, W-1, D) last inputs, ssm (B, D, N) state."""
+    """What one layer carries from token to token: last inputs of the convolution and the state of the recurrence.
+
+    Mamba-1: conv (B, W-1, D), ssm (B, D, N). Mamba-2: conv (B, W-1, D + 2 G N), ssm (B, H, P, N).
+    """
 
     conv: Tensor
     ssm: Tensor
@@ -33,14 +39,16 @@ class MixerSignals:
 
 
 class Projection(nn.Linear):
-    """Matrix product charged to the open ledger under its own name.
+    """Matrix product, plus a bias if there is one, charged to the open ledger under its own name.
 
-    A bias, where there is one, is left to whoever consumes the output: the scan adds that of ``dt_proj``.
+    ``bias_later`` leaves the bias to whoever consumes the output: the scan adds that of ``dt_proj``.
     """
 
-    def __init__(self, name: str, layer: int, d_in: int, d_out: int, bias: bool = False) -> None:
+    def __init__(
+        self, name: str, layer: int, d_in: int, d_out: int, bias: bool = False, bias_later: bool = False
+    ) -> None:
         super().__init__(d_in, d_out, bias=bias)
-        self.op, self.layer = name, layer
+        self.op, self.layer, self.bias_later = name, layer, bias_later
 
     def reset_parameters(self) -> None:
         """Weights are set once, by the model's own initialisation."""
@@ -48,7 +56,7 @@ class Projection(nn.Linear):
     def forward(self, x: Tensor, backend: Backend) -> Tensor:
         out = backend.linear(x, self.weight)
         charge(self.layer, self.op, linear(x.numel() // self.in_features, self.in_features, self.out_features), out)
-        return out
+        return out if self.bias is None or self.bias_later else out + self.bias.to(out.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -63,6 +71,20 @@ class RMSNorm(nn.Module):
         return backend.add_rms_norm(hidden, residual, self.weight, self.eps)
 
 
+class Convolution(nn.Module):
+    """Parameters of a mixer's causal convolution, named as in ``nn.Conv1d``: weight (D, 1, W), bias (D,) or None."""
+
+    def __init__(self, channels: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, config.d_conv))
+        self.register_parameter("bias", nn.Parameter(torch.empty(channels)) if config.conv_bias else None)
+
+    @property
+    def shift(self) -> Tensor:
+        """What the kernels add per channel (D,): the bias, or zeros."""
+        return self.weight.new_zeros(self.weight.shape[0]) if self.bias is None else self.bias
+
+
 class Mixer(nn.Module):
     """The selective state-space mixer (Mamba, Gu & Dao 2023, figure 3). One form serves prefill, pass and step.
 
@@ -74,15 +96,18 @@ class Mixer(nn.Module):
         super().__init__()
         inner, states, rank = config.d_inner, config.d_state, config.rank
         self.layer, self.split = layer, (rank, states, states)
-        self.in_proj = Projection("in_proj", layer, config.d_model, 2 * inner)
-        self.conv1d = nn.Module()
-        self.conv1d.weight = nn.Parameter(torch.empty(inner, 1, config.d_conv))
-        self.conv1d.bias = nn.Parameter(torch.empty(inner))
+        self.in_proj = Projection("in_proj", layer, config.d_model, 2 * inner, config.bias)
+        self.conv1d = Convolution(inner, config)
         self.x_proj = Projection("x_proj", layer, inner, rank + 2 * states)
-        self.dt_proj = Projection("dt_proj", layer, rank, inner, bias=True)
+        self.dt_proj = Projection("dt_proj", layer, rank, inner, bias=True, bias_later=True)
         self.A_log = nn.Parameter(torch.empty(inner, states))
         self.D = nn.Parameter(torch.empty(inner))
-        self.out_proj = Projection("out_proj", layer, inner, config.d_model)
+        self.out_proj = Projection("out_proj", layer, inner, config.d_model, config.bias)
+
+    @property
+    def dt_bias(self) -> Tensor:
+        """Added to dt before the softplus (d_inner,)."""
+        return self.dt_proj.bias
 
     @property
     def A(self) -> Tensor:
@@ -95,7 +120,7 @@ class Mixer(nn.Module):
         tokens = hidden.shape[0] * hidden.shape[1]
         x, z = self.in_proj(hidden, backend).chunk(2, dim=-1)
         weight = self.conv1d.weight[:, 0]
-        x, conv = backend.causal_conv(x, weight, self.conv1d.bias, state.conv if state else None)
+        x, conv = backend.causal_conv(x, weight, self.conv1d.shift, state.conv if state else None)
         charge(self.layer, "causal_conv", causal_conv(tokens, *weight.shape), x)
         dt, B, C = self.x_proj(x, backend).split(self.split, dim=-1)
         dt = self.dt_proj(dt, backend)
@@ -103,14 +128,26 @@ class Mixer(nn.Module):
         charge(self.layer, "selective_scan", selective_scan(tokens, *self.A_log.shape), y)
         return self.out_proj(y, backend), LayerState(conv, ssm), MixerSignals(x, dt, B, C, z)
 
+    @torch.no_grad()
+    def initialise(self, config: ModelConfig, generator: torch.Generator) -> None:
+        """Mamba's own (section 3.6, appendix): A real S4D, log-uniform steps."""
+        uniform_linear(self.in_proj.weight, config.d_model, generator)
+        uniform_linear(self.x_proj.weight, config.d_inner, generator)
+        initialise_conv_and_output(self, config, generator)
+        bound = config.rank**-0.5
+        self.dt_proj.weight.uniform_(-bound, bound, generator=generator)
+        self.dt_proj.bias.copy_(inverse_softplus(initial_steps(config, config.d_inner, generator)))
+        self.A_log.copy_(torch.log(torch.arange(1, config.d_state + 1, dtype=torch.float32)).expand_as(self.A_log))
+        self.D.fill_(1.0)
+
 
 class Block(nn.Module):
     """Residual add, norm, mixer: (hidden, residual) in and out, the residual stream in fp32 at least."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, mixer: nn.Module) -> None:
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = Mixer(config, layer)
+        self.mixer = mixer
 
     def forward(
         self, hidden: Tensor, residual: Tensor | None, backend: Backend, state: LayerState | None = None
@@ -121,23 +158,27 @@ class Block(nn.Module):
 
 
 @torch.no_grad()
-def initialise_mixer(mixer: Mixer, config: ModelConfig, generator: torch.Generator) -> None:
-    """Mamba's own initialisation (section 3.6, appendix): A real S4D, log-uniform steps, scaled output projection."""
-    inner, states = config.d_inner, config.d_state
-    uniform_linear(mixer.in_proj.weight, config.d_model, generator)
-    uniform_linear(mixer.x_proj.weight, inner, generator)
+def initialise_conv_and_output(mixer: nn.Module, config: ModelConfig, generator: torch.Generator) -> None:
+    """What both generations share: torch's own convolution, a scaled output projection, biases of zero."""
     uniform_linear(mixer.conv1d.weight, config.d_conv, generator)
-    uniform_linear(mixer.conv1d.bias, config.d_conv, generator)
+    if config.conv_bias:
+        uniform_linear(mixer.conv1d.bias, config.d_conv, generator)
+    if config.bias:
+        mixer.in_proj.bias.zero_()
+        mixer.out_proj.bias.zero_()
     # The output adds to the residual stream n_layer times; its variance is divided by that (GPT-2's rule).
-    uniform_linear(mixer.out_proj.weight, inner, generator)
+    uniform_linear(mixer.out_proj.weight, config.d_inner, generator)
     mixer.out_proj.weight.div_(math.sqrt(config.n_layer))
-    bound = config.rank**-0.5
-    mixer.dt_proj.weight.uniform_(-bound, bound, generator=generator)
+
+
+def initial_steps(config: ModelConfig, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` step sizes, log-uniform in [dt_min, dt_max] and raised to dt_init_floor (Mamba, section 3.6)."""
     low, high = math.log(config.dt_min), math.log(config.dt_max)
-    steps = torch.exp(low + (high - low) * torch.rand(inner, generator=generator)).clamp(min=config.dt_init_floor)
-    mixer.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
-    mixer.A_log.copy_(torch.log(torch.arange(1, states + 1, dtype=torch.float32)).expand(inner, states))
-    mixer.D.fill_(1.0)
+    return torch.exp(low + (high - low) * torch.rand(count, generator=generator)).clamp(min=config.dt_init_floor)
+
+
+def inverse_softplus(value: Tensor) -> Tensor:
+    return value + torch.log(-torch.expm1(-value))
 
 
 def uniform_linear(weight: Tensor, fan_in: int, generator: torch.Generator) -> None:

@@ -38,8 +38,11 @@ class _OnDemand:
 class Signals:
     """What a layer computed for the k context tokens present in it; nothing of the suffix is in here.
 
-    Shapes: B sequences, k tokens, D inner channels, N states, M model channels, T original context length. ``hidden``
-    and ``sequence_key`` may be given as functions: few criteria read them, and each costs a pass over its tokens.
+    Shapes: B sequences, k tokens, D inner channels, N states, M model channels, T original context length. Comments
+    give them for Mamba-1. In Mamba-2 the D channels are H heads of P, one after the other, and G groups of heads share
+    B and C: dt and delta are (B, k, H), dt_bias and A (H,), B and C (B, k, G, N), the rest is the same.
+    ``hidden`` and ``sequence_key`` may be given as functions: few criteria read them, and each costs a pass over its
+    tokens.
     """
 
     layer: int
@@ -61,15 +64,39 @@ class Signals:
         wide = torch.promote_types(self.dt.dtype, torch.float32)
         return F.softplus(self.dt.to(wide) + self.dt_bias.to(wide))
 
+    @property
+    def per_head(self) -> bool:
+        """Whether step sizes and A belong to heads (Mamba-2) and not to channels (Mamba-1)."""
+        return self.A.dim() == 1
+
+    def heads(self, channels: Tensor) -> Tensor:
+        """(..., D) as (..., H, P), for Mamba-2."""
+        return channels.unflatten(-1, (self.A.shape[0], -1))
+
+    @property
+    def shape(self) -> ScoredShape:
+        """Sizes of what is scored, those of one sequence."""
+        (_, tokens, inner), width, states = self.x.shape, self.hidden.shape[-1], self.B.shape[-1]
+        heads, groups = (self.A.shape[0], self.B.shape[2]) if self.per_head else (None, 1)
+        sizes = [None if size is None else int(size) for size in (tokens, width, inner, states, heads, groups)]
+        return ScoredShape(*sizes)
+
 
 @dataclass(frozen=True)
 class ScoredShape:
-    """Sizes a criterion's cost may depend on."""
+    """Sizes a criterion's cost may depend on; ``n_heads`` None means a step size for every channel, as in Mamba-1."""
 
     n_tokens: int
     d_model: int
     d_inner: int
     d_state: int
+    n_heads: int | None = None
+    n_groups: int = 1
+
+    @property
+    def n_steps(self) -> int:
+        """Step sizes per token."""
+        return self.d_inner if self.n_heads is None else self.n_heads
 
 
 class Criterion(ABC):
@@ -113,7 +140,8 @@ class GlobalImpact(Criterion):
     """What the token adds to the boundary's output through the recurrence (Simba).
 
     ``reduce`` over channels: ``max`` (the paper), ``absmax``, ``l2``. ``gated`` weighs channel d by silu(z_b[d]), which
-    is how much of it leaves the layer at the boundary.
+    is how much of it leaves the layer at the boundary (in Mamba-2 it passes a norm on the way). With an A per head the
+    impact is one number per head times x, so that no state needs a power of its own.
     """
 
     op = "global_impact"
@@ -125,18 +153,24 @@ class GlobalImpact(Criterion):
         self.gated = gated
 
     def score(self, signals: Signals) -> Tensor:
-        gate = F.silu(signals.z[:, -1]) if self.gated else None
-        return signals.backend.global_impact(
-            signals.x, signals.dt, signals.dt_bias, signals.A, signals.B, signals.C[:, -1], gate, self.reduce
-        )
+        gate, x = F.silu(signals.z[:, -1]) if self.gated else None, signals.x
+        op = signals.backend.global_impact
+        if signals.per_head:
+            gate, x = None if gate is None else signals.heads(gate), signals.heads(x)
+            op = signals.backend.ssd_impact
+        return op(x, signals.dt, signals.dt_bias, signals.A, signals.B, signals.C[:, -1], gate, self.reduce)
 
     def flops(self, shape: ScoredShape) -> int:
+        if shape.n_heads is not None:
+            return cost.ssd_impact(
+                shape.n_tokens, shape.d_inner, shape.n_heads, shape.n_groups, shape.d_state, self.gated, self.reduce
+            )
         return cost.global_impact(shape.n_tokens, shape.d_inner, shape.d_state, self.gated, self.reduce)
 
 
 @CRITERIA.register("local_delta")
 class LocalDelta(Criterion):
-    """L2 norm of the token's step sizes over channels (DeciMamba)."""
+    """L2 norm of the token's step sizes over channels, in Mamba-2 over heads (DeciMamba)."""
 
     op = "vector_norm"
 
@@ -144,7 +178,7 @@ class LocalDelta(Criterion):
         return torch.linalg.vector_norm(signals.delta, dim=-1)
 
     def flops(self, shape: ScoredShape) -> int:
-        return cost.vector_norm(shape.n_tokens, shape.d_inner)
+        return cost.vector_norm(shape.n_tokens, shape.n_steps)
 
 
 @CRITERIA.register("norm")

@@ -30,6 +30,10 @@ _OURS: dict[str, Callable[..., int]] = {
     "global_impact": lambda x, dt, dt_bias, A, B, C, gate, reduce, gated: cost.global_impact(
         x.shape[0] * x.shape[1], *A.shape, gated, reduce
     ),
+    "ssd": lambda x, delta, A, B, *_: cost.ssd(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], B.shape[3]),
+    "ssd_impact": lambda x, delta, A, B, C, gate, reduce, gated: cost.ssd_impact(
+        x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], x.shape[2], B.shape[2], B.shape[3], gated, reduce
+    ),
 }
 
 
@@ -87,16 +91,18 @@ def meta_signals(shape: ScoredShape):  # noqa: ANN201 - Signals, imported late t
     from simba_lab.kernels import resolve
     from simba_lab.pruning.criteria import Signals
 
-    k, channels, states = shape.n_tokens, shape.d_inner, shape.d_state
+    k, channels, steps = shape.n_tokens, shape.d_inner, shape.n_steps
+    per_head = shape.n_heads is not None
+    vector = (shape.n_groups, shape.d_state) if per_head else (shape.d_state,)
     return Signals(
         layer=0,
         backend=resolve("auto", "meta"),
         x=torch.empty(1, k, channels),
-        dt=torch.empty(1, k, channels),
-        dt_bias=torch.empty(channels),
-        A=torch.empty(channels, states),
-        B=torch.empty(1, k, states),
-        C=torch.empty(1, k, states),
+        dt=torch.empty(1, k, steps),
+        dt_bias=torch.empty(steps),
+        A=torch.empty(steps) if per_head else torch.empty(channels, shape.d_state),
+        B=torch.empty(1, k, *vector),
+        C=torch.empty(1, k, *vector),
         z=torch.empty(1, k, channels),
         hidden=torch.empty(1, k, shape.d_model),
         positions=torch.empty(1, k, dtype=torch.int64),
