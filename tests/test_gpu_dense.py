@@ -1,0 +1,296 @@
+"""Triton's convolution and norm against the reference in fp64, on CUDA or else in Triton's interpreter.
+
+Outputs, every gradient, layouts, dtypes, states carried on; and that the kernels compile for the GPU without spilling.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from simba_lab.errors import InputError
+from simba_lab.kernels import reference
+
+pytest.importorskip("triton")
+from simba_lab.kernels.gpu import conv, norm  # noqa: E402 - they need triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Largest error allowed, relative to the largest entry of the tensor.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+HALF = (torch.bfloat16, torch.float16)
+LENGTHS, CHANNELS, WIDTHS = (1, 2, 3, 5, 17, 33), (1, 5, 24, 40), (2, 3, 4)
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def conv_arguments(batch: int, length: int, channels: int, width: int, initial: bool = True) -> list[Tensor]:
+    """x (half of a wider tensor, as behind a projection), weight, bias, initial, in fp64."""
+    x = draw(batch, length, 2 * channels)[..., channels:]
+    before = [draw(batch, width - 1, channels, seed=2)] if initial else []
+    return [x, draw(channels, width), draw(channels, seed=1), *before]
+
+
+def norm_arguments(*shape: int, residual: bool = True) -> list[Tensor]:
+    return [draw(*shape), draw(*shape, seed=1) if residual else None, draw(shape[-1]) + 2]
+
+
+def normalise(op: Callable) -> Callable:
+    return lambda *tensors: op(*tensors, 1e-5)
+
+
+def only(used: int, op: Callable) -> Callable:
+    """``op`` with one of its outputs, and all inputs as outputs so that each of them has a gradient."""
+    return lambda *tensors: [op(*tensors)[used], *(2 * t for t in tensors if t is not None)]
+
+
+def outputs_and_gradients(op: Callable, arguments: list[Tensor | None]) -> list[Tensor]:
+    """Outputs of ``op`` and the gradients of a fixed random functional of all of them."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in arguments]
+    outs = op(*leaves)
+    loss = sum((out * draw(*out.shape, seed=7, dtype=out.dtype)).sum() for out in outs)
+    return [out.detach() for out in outs] + list(torch.autograd.grad(loss, [t for t in leaves if t is not None]))
+
+
+def compare(fast: Callable, slow: Callable, arguments: list[Tensor | None], tolerance: float) -> None:
+    """``fast`` on the arguments against ``slow`` in fp64 on the same numbers; dtypes against ``slow``'s own."""
+    got, same_dtype = outputs_and_gradients(fast, arguments), outputs_and_gradients(slow, arguments)
+    exact = outputs_and_gradients(slow, [None if t is None else t.double() for t in arguments])
+    assert [t.dtype for t in got] == [t.dtype for t in same_dtype]
+    for i, (value, truth) in enumerate(zip(got, exact, strict=True)):
+        assert value.shape == truth.shape
+        if truth.numel():
+            error = (value.double() - truth).abs().max() / truth.abs().max().clamp(min=1e-30)
+            assert error <= tolerance, f"output or gradient {i}: {error:.1e}"
+
+
+def cast(arguments: list[Tensor | None], *dtypes: torch.dtype) -> list[Tensor | None]:
+    return [None if t is None else t.to(dtype) for t, dtype in zip(arguments, itertools.cycle(dtypes), strict=False)]
+
+
+# Convolution
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("initial", [True, False])
+def test_convolution_equals_reference(nan_memory: None, length: int, initial: bool) -> None:
+    at = LENGTHS.index(length) + 3 * initial  # every width and batch size meets short and long sequences
+    arguments = conv_arguments(
+        1 + (at + 1) % 3 if length < 17 else 1, length, CHANNELS[at % 4], WIDTHS[at % 3], initial
+    )
+    compare(conv.causal_conv, reference.causal_conv, cast(arguments, torch.float32), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
+@pytest.mark.parametrize("shape", [(3, 3, 24, 4), (2, 11, 5, 3)], ids=str)
+def test_convolution_in_other_dtypes(nan_memory: None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    compare(conv.causal_conv, reference.causal_conv, cast(conv_arguments(*shape), dtype), TOLERANCE[dtype])
+
+
+def test_convolution_of_half_precision_with_fp32_weights(nan_memory: None) -> None:
+    """Under autocast: activations come from a product, weights are kept in fp32."""
+    dtypes = (torch.bfloat16, torch.float32, torch.float32, torch.bfloat16)
+    arguments = cast(conv_arguments(1, 9, 5, 4), *dtypes)
+    compare(conv.causal_conv, reference.causal_conv, arguments, TOLERANCE[torch.bfloat16])
+
+
+def test_convolution_over_several_blocks_of_channels(nan_memory: None) -> None:
+    arguments = conv_arguments(2, 3, conv.BLOCK + 8, 4)
+    compare(conv.causal_conv, reference.causal_conv, cast(arguments, torch.float32), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_convolution_when_only_one_output_is_used(used: int) -> None:
+    fast, slow = (only(used, op.causal_conv) for op in (conv, reference))
+    compare(fast, slow, conv_arguments(2, 2, 5, 4), 1e-12)
+
+
+def test_convolution_of_any_layout() -> None:
+    x, weight, bias, initial = conv_arguments(2, 4, 6, 3)
+    columns = x.mT.contiguous().mT, weight.mT.contiguous().mT, draw(12, seed=1)[::2], initial.mT.contiguous().mT
+    repeated = x[:1].expand(3, -1, -1), weight, bias, initial[:1].expand(3, -1, -1)
+    for arguments in (columns, repeated, (x[:, ::2], weight, bias, initial)):
+        compare(conv.causal_conv, reference.causal_conv, list(arguments), TOLERANCE[torch.float64])
+
+
+def test_convolution_continues_where_it_stopped(nan_memory: None) -> None:
+    x, weight, bias, before = cast(conv_arguments(2, 15, 5, 4), torch.float32)
+    whole, last = conv.causal_conv(x, weight, bias, before)
+    outs = []
+    for start, end in itertools.pairwise((0, 1, 2, 4, 4, 14, 15)):
+        out, before = conv.causal_conv(x[:, start:end], weight, bias, before)
+        outs.append(out)
+    assert torch.equal(torch.cat(outs, 1), whole) and torch.equal(before, last) and torch.equal(last, x[:, -3:])
+
+
+def test_convolution_of_nothing_keeps_the_state(nan_memory: None) -> None:
+    compare(conv.causal_conv, reference.causal_conv, conv_arguments(2, 0, 5, 4), 1e-12)
+    compare(conv.causal_conv, reference.causal_conv, conv_arguments(0, 3, 5, 4), 1e-12)
+    assert not conv.causal_conv(*conv_arguments(2, 0, 5, 4, initial=False))[1].any()
+
+
+def test_pieces_add_up_the_same_however_they_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, results = cast(conv_arguments(1, 20, 5, 4), torch.float32), []
+    for programs in (1, 1, 1024):  # one piece, the same again, and three pieces of 8 tokens
+        monkeypatch.setattr(conv, "BACKWARD", conv.Tiling(8, 32, programs))
+        monkeypatch.setattr(conv, "FORWARD", conv.Tiling(8, 32, programs))
+        results.append(outputs_and_gradients(conv.causal_conv, arguments))
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
+    for a, b in zip(results[0], results[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_other_widths_are_refused() -> None:
+    with pytest.raises(InputError, match="d_conv: the triton backend takes 2, 3 or 4, not 5"):
+        conv.causal_conv(*conv_arguments(1, 2, 3, 5))
+
+
+# Norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (3, 2, 24), (1, 17, 40), (2, 1, 520)], ids=str)
+@pytest.mark.parametrize("residual", [True, False])
+def test_norm_equals_reference(nan_memory: None, shape: tuple[int, ...], residual: bool, dtype: torch.dtype) -> None:
+    wide = torch.promote_types(dtype, torch.float32)
+    arguments = cast(norm_arguments(*shape, residual=residual), dtype, wide, dtype)
+    compare(normalise(norm.add_rms_norm), normalise(reference.add_rms_norm), arguments, TOLERANCE[dtype])
+
+
+def test_norm_in_mixed_dtypes_follows_the_weight(nan_memory: None) -> None:
+    for dtypes in itertools.product((torch.bfloat16, torch.float32), repeat=3):
+        arguments = cast(norm_arguments(1, 3, 5), *dtypes)
+        compare(normalise(norm.add_rms_norm), normalise(reference.add_rms_norm), arguments, TOLERANCE[torch.bfloat16])
+
+
+def test_norm_is_for_the_next_product_under_autocast() -> None:
+    hidden, residual, weight = cast(norm_arguments(1, 3, 5), torch.bfloat16, torch.float32, torch.float32)
+    expected, before = reference.add_rms_norm(hidden, residual, weight, 1e-5)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        normed, stream = norm.add_rms_norm(hidden, residual, weight, 1e-5)
+        double, _ = norm.add_rms_norm(hidden.double(), residual.double(), weight.double(), 1e-5)
+    assert normed.dtype == torch.bfloat16 and stream.dtype == torch.float32 and double.dtype == torch.float64
+    torch.testing.assert_close(normed, expected.bfloat16())
+    torch.testing.assert_close(stream, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_norm_when_only_one_output_is_used(used: int) -> None:
+    fast, slow = (only(used, normalise(op.add_rms_norm)) for op in (norm, reference))
+    for residual in (True, False):
+        arguments = cast(norm_arguments(2, 3, 5, residual=residual), torch.bfloat16, torch.float32, torch.float32)
+        compare(fast, slow, arguments, TOLERANCE[torch.bfloat16])
+
+
+def test_norm_of_any_layout() -> None:
+    hidden, residual, weight = norm_arguments(2, 5, 6)
+    slices = draw(2, 5, 12)[:, 1:4, :6], draw(2, 9, 6)[:, 1:4], draw(12)[::2]
+    columns = hidden.mT.contiguous().mT, residual[:1].expand(2, -1, -1), weight
+    for arguments in (slices, columns, (hidden[0], residual[0], weight), (hidden[:, :0], residual[:, :0], weight)):
+        compare(normalise(norm.add_rms_norm), normalise(reference.add_rms_norm), list(arguments), 1e-12)
+
+
+def test_norm_of_more_rows_than_programs(nan_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm, "HELD", 3 * 8)  # three programs with rows of 8
+    compare(normalise(norm.add_rms_norm), normalise(reference.add_rms_norm), norm_arguments(2, 5, 6), 1e-12)
+
+
+def test_inputs_stay_as_they_were() -> None:
+    hidden, _, weight = norm_arguments(1, 2, 3, residual=False)
+    normed, stream = norm.add_rms_norm(hidden, None, weight, 1e-5)
+    stream.zero_(), normed.zero_()
+    assert torch.equal(hidden, draw(1, 2, 3))
+    arguments = conv_arguments(1, 2, 5, 4)
+    conv.causal_conv(*arguments)[1].zero_()
+    assert all(torch.equal(a, b) for a, b in zip(arguments, conv_arguments(1, 2, 5, 4), strict=True))
+
+
+# Autograd, tracers, compiler
+
+
+def test_torchs_contract() -> None:
+    leaves = [t.requires_grad_() for t in cast(conv_arguments(2, 3, 5, 4), torch.float32)]
+    x, weight, bias, initial = leaves
+    torch.library.opcheck(conv._conv, (x, weight, bias, initial), test_utils=CHECKS)
+    torch.library.opcheck(conv._conv, (x, weight, bias, None), test_utils=CHECKS)
+    plain = [t.detach() for t in leaves]
+    torch.library.opcheck(conv._conv_backward, (*plain, plain[0].clone(), plain[3].clone()), test_utils=CHECKS)
+    torch.library.opcheck(conv._conv_backward, (*plain[:3], None, plain[0].clone(), None), test_utils=CHECKS)
+    hidden, residual, scale = [t.requires_grad_() for t in cast(norm_arguments(2, 3, 5), torch.float32)]
+    torch.library.opcheck(norm._norm, (hidden, residual, scale, 1e-5, torch.bfloat16), test_utils=CHECKS)
+    torch.library.opcheck(norm._norm, (hidden, None, scale, 1e-5, torch.float32), test_utils=CHECKS)
+    stream = residual.detach()
+    for later, apart in ((stream.clone(), True), (None, False)):
+        saved = (stream, stream[..., 0].clone(), scale.detach(), hidden.detach(), later, torch.bfloat16, apart)
+        torch.library.opcheck(norm._norm_backward, saved, test_utils=CHECKS)
+
+
+def test_shapes_without_data() -> None:
+    x, weight, bias, initial = (t.to("meta", torch.bfloat16) for t in conv_arguments(2, 7, 5, 4))
+    out, last = conv.causal_conv(x, weight, bias, initial)
+    assert (out.shape, last.shape, out.dtype) == ((2, 7, 5), (2, 3, 5), torch.bfloat16)
+    normed, stream = norm.add_rms_norm(out, None, bias, 1e-5)
+    assert (normed.dtype, stream.dtype, stream.shape) == (torch.bfloat16, torch.float32, (2, 7, 5))
+
+
+COMPILE = """
+import re, subprocess, sys, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from simba_lab.kernels.gpu import conv, norm
+
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+def check(name, kernel, warps, **arguments):
+    signature = {a: "constexpr" if isinstance(v, int) or v is None else v for a, v in arguments.items()}
+    signature = {a: signature.get(a, "i32") for a in kernel.arg_names}
+    constants = {a: v for a, v in arguments.items() if signature[a] == "constexpr"}
+    loose = ("length", "span", "rows", "stretch", "eps")  # not known to be multiples of 16
+    aligned = [i for i, a in enumerate(kernel.arg_names) if a not in constants and a not in loose]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary["cubin"]), file.flush()
+        usage = subprocess.run([TOOL, "-res-usage", file.name], capture_output=True, text=True)
+    stack = re.findall(r"STACK:(\\d+)", usage.stdout + usage.stderr)
+    print(name, *stack, *sorted(set(re.findall(r"(?:ld|st)\\.global(?:\\.v\\d)?\\.b\\d+", binary["ptx"]))))
+
+half, wide = "*bf16", "*fp32"
+shape = {"W": 4, "BLOCK": conv.BLOCK}
+check("conv-forward", conv._forward_kernel, 2, x=half, weight=wide, bias=wide, initial=None, out=half, last=half,
+      GROUP=conv.FORWARD.group, **shape)
+check("conv-backward", conv._backward_kernel, 4, x=half, weight=wide, bias=wide, initial=None, dout=half, dlast=None,
+      dx=half, dinitial=None, partial=wide, GROUP=conv.BACKWARD.group, **shape)
+check("conv-reduce", conv._reduce_kernel, 4, partial=wide, dweight=wide, dbias=wide, W=4, ROWS=32, BLOCK=64)
+block, warps = norm._layout(2560)
+check("norm-forward", norm._forward_kernel, warps, hidden=half, residual=wide, weight=wide, normed=half, stream=wide,
+      inverse=wide, eps="fp32", BLOCK=block)
+check("norm-backward", norm._backward_kernel, warps, stream=wide, inverse=wide, weight=wide, dnormed=half,
+      dstream=wide, dhidden=half, dresidual=wide, partial=wide, BLOCK=block)
+"""
+
+
+def test_kernels_compile_for_the_gpu() -> None:
+    """For Hopper, without a GPU; the interpreter does not see what the compiler refuses. No spills, wide accesses."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = {name: accesses for name, *accesses in map(str.split, run.stdout.splitlines())}
+    assert {name: accesses[0] for name, accesses in found.items()} == {
+        f"conv-{part}": "0" for part in ("forward", "backward", "reduce")
+    } | {f"norm-{part}": "0" for part in ("forward", "backward")}
+    for name in ("conv-forward", "norm-forward", "norm-backward"):
+        narrow = {access for access in found[name][1:] if not access.endswith("v4.b32")}
+        assert narrow <= {"ld.global.b32", "st.global.b32"}, name  # the inverse rms of a row is a single number
