@@ -1,25 +1,39 @@
-"""``simba-lab bench``: a training step of ours beside other implementations, in one run."""
+"""``simba-lab bench``: kernels, prefill, training and decoding of ours beside other implementations, in one run."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simba_lab.bench.cpu import BASELINE, Plan, compare
 from simba_lab.bench.peers import Shape, option
-from simba_lab.bench.prefill import compare_prefill
+from simba_lab.cli.bench_views import console, cpu_table, gpu_table, prefill_line, with_progress
+from simba_lab.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    import torch
+
+    from simba_lab.bench.session import Session
 
 EXAMPLES = """examples:
   simba-lab bench cpu --skip transformers --json bench.json
-  simba-lab bench cpu                                  (transformers alone may take minutes)
-  simba-lab bench cpu --length 2048 --batch 1 --repeats 5 --include-reference
-  simba-lab bench prefill --length 2048                (dense against pruned linearly to 10 %)
+  simba-lab bench prefill --length 2048                (without a GPU: dense against pruned linearly to 10 %)
+  simba-lab bench kernels --json kernels.json          (with a GPU, as are the following)
+  simba-lab bench prefill --case 130m:1x2048 --json prefill.json
+  simba-lab bench table kernels.json prefill.json      (Markdown)
 """
+TARGETS = {
+    "cpu": "a training step on the CPU beside mambapy and transformers",
+    "prefill": "pruned prefill beside dense and what FLOPs promise; on a GPU beside mamba-ssm",
+    "kernels": "every GPU kernel beside mamba-ssm's and causal-conv1d's",
+    "train": "tokens per second of training on a GPU beside mamba-ssm",
+    "decode": "tokens per second of decoding on a GPU beside mamba-ssm",
+    "table": "results of the GPU benches as Markdown",
+}
 HELP = {
     "d_model": "width of the model",
     "n_layer": "layers",
@@ -31,107 +45,167 @@ HELP = {
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``bench``."""
+    """Add the targets of ``bench`` and their arguments."""
     parser.description = (
-        "Times one training step (forward and backward, fp32, no optimizer), each implementation in its own process. "
-        "Before any timing our fast backend must agree with the readable reference."
+        "Times ours beside other implementations. Correctness comes first: what differs from the readable reference "
+        "gets no number, and the exit code is 1."
     )
     parser.epilog = EXAMPLES
-    parser.add_argument("target", choices=["cpu", "prefill"], help="training step beside peers, or pruned prefill")
-    for field in dataclasses.fields(Shape):
-        text = f"{HELP[field.name]} (%(default)s)"
-        parser.add_argument(option(field.name), type=int, default=field.default, help=text)
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps, after one warm-up (%(default)s)")
+    targets = parser.add_subparsers(dest="target", metavar="TARGET", required=True, title="targets")
+    for name, summary in TARGETS.items():
+        sub = targets.add_parser(name, help=summary, description=summary)
+        sub.add_argument("--json", metavar="FILE", type=Path, help="write the result to FILE as JSON")
+        _ARGUMENTS[name](sub)
+
+
+def _add_cpu(parser: argparse.ArgumentParser) -> None:
+    _add_shape(parser)
     parser.add_argument("--threads", type=int, help="threads of each implementation (all cores)")
     parser.add_argument(
         "--skip", action="append", default=[], choices=["mambapy", "transformers"], help="leave out (repeatable)"
     )
     parser.add_argument("--include-reference", action="store_true", help="also time our readable reference, slow")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and tokens (%(default)s)")
-    parser.add_argument("--criterion", default="global_impact", help="prefill: how tokens are scored (%(default)s)")
-    parser.add_argument("--final-keep", type=float, default=0.1, help="prefill: share kept at the top (%(default)s)")
+
+
+def _add_shape(parser: argparse.ArgumentParser) -> None:
+    for field in dataclasses.fields(Shape):
+        text = f"{HELP[field.name]} (%(default)s)"
+        parser.add_argument(option(field.name), type=int, default=field.default, help=text)
+    parser.add_argument("--repeats", type=int, default=3, help="timed repeats, after a warm-up (%(default)s)")
+
+
+def _add_prefill(parser: argparse.ArgumentParser) -> None:
+    _add_shape(parser)
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto: CUDA if there is one)"
+    )
+    parser.add_argument("--criterion", default="global_impact", help="CPU: how tokens are scored (%(default)s)")
+    parser.add_argument("--final-keep", type=float, default=0.1, help="CPU: share kept at the top (%(default)s)")
+    _add_gpu(parser, "GPU: a published shape and its batch, e.g. 130m:1x2048 (repeatable; all)")
+
+
+def _add_gpu(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--case", action="append", default=[], metavar="NAME", help=what)
+    parser.add_argument("--seed", type=int, help="seed of weights and inputs (a fresh one, recorded)")
+    parser.add_argument("--backend", default="triton", help="our kernels on the GPU (%(default)s)")
+
+
+_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "cpu": _add_cpu,
+    "prefill": _add_prefill,
+    "kernels": lambda parser: _add_gpu(parser, "an op, e.g. scan (repeatable; all)"),
+    "train": lambda parser: _add_gpu(parser, "a width: 256, 384, 512 or 768 (repeatable; all)"),
+    "decode": lambda parser: _add_gpu(parser, "a published shape and a batch, e.g. 130m:64 (repeatable; all)"),
+    "table": lambda parser: parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="results"),
+}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print a table, return the measurements."""
-    from rich.console import Console
+    return _RUN[args.target](args)
 
+
+def _run_cpu(args: argparse.Namespace) -> dict[str, Any]:
     plan = Plan(
-        shape=Shape(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Shape)}),
+        shape=_shape(args),
         repeats=args.repeats,
         threads=args.threads,
         skip=tuple(args.skip),
         include_reference=args.include_reference,
         seed=args.seed,
     )
-    console = Console()
-    if args.target == "prefill":
-        result = _with_progress(
-            lambda show: compare_prefill(
-                plan.shape, plan.shape.length, args.criterion, args.final_keep, 4 * plan.repeats, show
-            )
-        )
-        console.print(_prefill_line(result), highlight=False)
-        return result
-    result = _with_progress(lambda show: compare(plan, show))
-    console.print(_table(result))
+    result = with_progress(lambda show: compare(plan, show))
+    console().print(cpu_table(result))
     if result["speedup_over_mambapy"] is not None:
-        console.print(f"simba_lab is {result['speedup_over_mambapy']:.1f} times as fast as {BASELINE}")
+        console().print(f"simba_lab is {result['speedup_over_mambapy']:.1f} times as fast as {BASELINE}")
     return result
 
 
-def _prefill_line(result: dict[str, Any]) -> str:
-    shape = result["shape"]
-    return (
-        f"prefill of {shape['batch']} x {shape['length']} tokens: dense {result['dense_seconds']:.3f} s, "
-        f"pruned {result['pruned_seconds']:.3f} s: {result['speedup']:.2f} times as fast; "
-        f"FLOPs promise {result['promised_by_flops']:.2f}, {result['fraction']:.2f} of that was reached "
-        f"(median of {result['repeats']} pairs, load {result['machine']['load_1min']})"
+def _shape(args: argparse.Namespace) -> Shape:
+    return Shape(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Shape)})
+
+
+def _run_prefill(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from simba_lab.bench.prefill import compare_prefill
+
+    if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
+        from simba_lab.bench.prefill_cuda import measure_prefill, published_cases
+
+        return _gpu(args, lambda session: session.bench("prefill", _chosen(args, published_cases()), measure_prefill))
+    if args.case:
+        raise InputError("--case: published shapes need a CUDA device; on the CPU say --d-model, --length and so on")
+    plan = Plan(shape=_shape(args), repeats=args.repeats)
+    result = with_progress(
+        lambda show: compare_prefill(
+            plan.shape, plan.shape.length, args.criterion, args.final_keep, 4 * plan.repeats, show
+        )
     )
+    console().print(prefill_line(result), highlight=False)
+    return result
 
 
-def _with_progress(measure: Callable[[Callable[[str], None]], dict[str, Any]]) -> dict[str, Any]:
-    """A measurement with a clock on standard error that says what is running."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+def _run_kernels(args: argparse.Namespace) -> dict[str, Any]:
+    from simba_lab.bench.kernels import SUITE, bench_kernels
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        current = progress.add_task("starting", total=None)
-
-        def show(name: str) -> None:
-            progress.reset(current, description=name, total=None)
-
-        return measure(show)
+    return _gpu(args, lambda session: bench_kernels(session, _chosen(args, SUITE, named=True)))
 
 
-def _table(result: dict[str, Any]) -> Table:
-    from rich.table import Table
+def _run_train(args: argparse.Namespace) -> dict[str, Any]:
+    from simba_lab.bench.training import CASES, measure_training
 
-    shape, machine = result["shape"], result["machine"]
-    title = ", ".join(f"{key} {value}" for key, value in shape.items())
-    caption = f"{machine['cpu']}, {result['threads']} threads, torch {machine['torch']}, load {machine['load_1min']}"
-    table = Table(title=f"training step: {title}", caption=f"{result['convention']}\n{caption}")
-    for heading in ("implementation", "version"):
-        table.add_column(heading)
-    for heading in ("s/step", "min - max (steps)", "tokens/s", "peak memory", "parameters", "loss"):
-        table.add_column(heading, justify="right")
-    for row in result["rows"]:
-        if "skipped" in row:
-            table.add_row(row["implementation"], row["skipped"])
-        else:
-            table.add_row(*_cells(row))
-    return table
+    return _gpu(args, lambda session: session.bench("train", _chosen(args, CASES), measure_training))
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    return [
-        row["implementation"],
-        row["version"],
-        f"{row['seconds_per_step']:.3f}",
-        f"{row['seconds_min']:.3f} - {row['seconds_max']:.3f} ({row['repeats']})",
-        f"{row['tokens_per_second']:,.0f}",
-        f"{row['peak_rss_bytes'] / 1e9:.2f} GB",
-        f"{row['parameters']:,}",
-        f"{row['loss']:.3f}",
-    ]
+def _run_decode(args: argparse.Namespace) -> dict[str, Any]:
+    from simba_lab.bench.decode import measure_decoding, published_cases
+
+    return _gpu(args, lambda session: session.bench("decode", _chosen(args, published_cases()), measure_decoding))
+
+
+def _chosen(args: argparse.Namespace, cases: dict[str, Any], named: bool = False) -> Any:
+    """The cases asked for, all by default; as a list, or ``named`` as a table. Raises InputError for one not known."""
+    for name in args.case:
+        if name not in cases:
+            raise InputError(f"--case: {name!r} is unknown; use one of {', '.join(cases)}")
+    chosen = {name: case for name, case in cases.items() if not args.case or name in args.case}
+    return chosen if named else list(chosen.values())
+
+
+def _gpu(args: argparse.Namespace, measure: Callable[[Session], dict[str, Any]]) -> dict[str, Any]:
+    """A bench on the CUDA device, its table printed. Raises InputError without one."""
+    device = _cuda_device(args.target)
+    from simba_lab.bench.session import Session
+
+    seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
+    result = with_progress(lambda show: measure(Session(device, seed, args.backend, show)))
+    console().print(gpu_table(result))
+    return result
+
+
+def _cuda_device(target: str) -> torch.device:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError(f"bench {target}: needs a CUDA device, and torch {torch.__version__} sees none here")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _run_table(args: argparse.Namespace) -> dict[str, Any]:
+    from simba_lab.bench.table import markdown, read
+
+    text = markdown(read(args.files))
+    print(text, end="")
+    return {"markdown": text}
+
+
+_RUN: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "cpu": _run_cpu,
+    "prefill": _run_prefill,
+    "kernels": _run_kernels,
+    "train": _run_train,
+    "decode": _run_decode,
+    "table": _run_table,
+}

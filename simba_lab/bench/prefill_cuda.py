@@ -1,0 +1,168 @@
+"""Prefill of whole models: ours, dense and pruned, replayed as CUDA graphs, beside mamba-ssm as its users run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from simba_lab.bench import models
+from simba_lab.bench.checks import require
+from simba_lab.bench.floors import Ceilings, Floor, floor_of_sequence
+from simba_lab.bench.lines import Line, Target, beside, timed
+from simba_lab.bench.model_work import prefill_work
+from simba_lab.bench.ops import missing, peer_name
+from simba_lab.bench.session import Session
+from simba_lab.bench.timing import Call, Timing, capture, time_calls
+from simba_lab.model import LanguageModel, ModelConfig
+from simba_lab.model.shapes import published_shape
+
+# Two bf16 models of the same weights drift apart by rounding, layer by layer; a wrong op is off by its whole size.
+_SAME_MODEL = 5e-2
+FINAL_KEEP = 0.1
+
+
+@dataclass(frozen=True)
+class PrefillCase:
+    """A shape and what is aimed at: ``promise`` of FLOPs, ``scoring`` and ``choosing`` as shares of the dense time."""
+
+    name: str
+    config: ModelConfig
+    batch: int
+    length: int
+    dense: Target = Target(1.0)
+    promise: Target | None = None
+    scoring: Target | None = None
+    choosing: Target | None = None
+
+    @property
+    def what(self) -> str:
+        return f"{self.name} {self.batch} x {self.length}"
+
+
+def published_cases() -> dict[str, PrefillCase]:
+    """The issue's table by a short name."""
+    held = {"promise": Target(0.95)}
+    shares = {"scoring": Target(0.02, at_most=True), "choosing": Target(0.04, at_most=True)}
+    small, middle, large = (published_shape(f"mamba-{size}") for size in ("130m", "1.4b", "2.8b"))
+    cases = [
+        PrefillCase("130m", small, 1, 2048, dense=Target(3.0)),
+        PrefillCase("130m", small, 8, 2048),
+        PrefillCase("1.4b", middle, 8, 2048, **held),
+        PrefillCase("1.4b", middle, 1, 16384, **held),
+        PrefillCase("2.8b", large, 8, 2048, **held, **shares),
+        PrefillCase("2.8b", large, 1, 16384, **held, **shares),
+    ]
+    return {case.what.replace(" x ", "x").replace(" ", ":"): case for case in cases}
+
+
+@torch.inference_mode()
+def measure_prefill(case: PrefillCase, session: Session) -> list[Line]:
+    """Dense beside mamba-ssm, pruned beside what FLOPs promise, and the shares of scoring and selection."""
+    model = models.ours(case.config, session.device, torch.bfloat16, session.seed, session.backend).eval()
+    tokens = models.random_tokens(case.config, (case.batch, case.length), session.device, session.seed + 1)
+    time = partial(_time, device=session.device, repeats=session.repeats)
+    dense = time(_replayed(model, tokens))
+    lines = _dense_lines(case, model, tokens, dense, time, session)
+    return lines + list(_pruned_lines(case, model, tokens, dense, time, session.ceilings))
+
+
+def _dense_lines(
+    case: PrefillCase, model: LanguageModel, tokens: Tensor, dense: Timing, time: Callable[[Call], Timing],
+    session: Session,
+) -> list[Line]:  # fmt: skip
+    """Ours beside mamba-ssm's backbone as its users call it, and beside that captured as ours is."""
+    name, least = peer_name("mamba-ssm"), _floor(case, [case.length] * case.config.n_layer, session.ceilings)
+    what = f"{case.what}, dense"
+    peer, reason = _peer(case.config, model)
+    if peer is None:
+        return [beside(what, dense, name, reason, case.dense, least)]
+    session.checks.append(_same_model(case, model, peer, tokens))
+    forward = partial(peer.backbone, tokens)
+    lines = [beside(what, dense, name, time(forward), case.dense, least)]
+    if model.device.type == "cuda":
+        lines.append(beside(f"{what}, the peer captured too", dense, name, time(capture(forward))))
+    return lines
+
+
+def _peer(config: ModelConfig, model: LanguageModel) -> tuple[nn.Module | None, str | None]:
+    reason = missing("mamba_ssm.models.mixer_seq_simple", "mamba-ssm")
+    if reason is not None:
+        return None, reason
+    return models.same_weights(models.mamba_ssm(config, model.device, torch.bfloat16), model).eval(), None
+
+
+def _same_model(case: PrefillCase, model: LanguageModel, peer: nn.Module, tokens: Tensor) -> dict[str, object]:
+    theirs = peer(tokens, num_last_tokens=1).logits
+    return require(
+        f"{case.what}, ours and mamba-ssm's logits in bf16",
+        {"the logits": model.prefill(tokens).logits},
+        {"the logits": theirs},
+        _SAME_MODEL,
+    )
+
+
+def _floor(case: PrefillCase, counts: Sequence[int], ceilings: Ceilings) -> Floor | None:
+    """Of Mamba-1 layers; the least work of the others is not written down."""
+    if case.config.layer != "mamba1":
+        return None
+    return floor_of_sequence(prefill_work(case.config, counts, case.batch), ceilings)
+
+
+def _pruned_lines(
+    case: PrefillCase, model: LanguageModel, tokens: Tensor, dense: Timing, time: Callable[[Call], Timing],
+    ceilings: Ceilings,
+) -> Iterator[Line]:  # fmt: skip
+    pruned = model.sparsified("global_impact", "linear", final_keep=FINAL_KEEP)
+    recent = model.sparsified("recency", "linear", final_keep=FINAL_KEEP)
+    counts = pruned.keep_counts(case.length)
+    impact, recency = time(_replayed(pruned, tokens)), time(_replayed(recent, tokens))
+    slicing = time(_graph(partial(_sliced, model, tokens, counts), model.device))
+    promised = model.flops(case.length, 0).total / pruned.flops(case.length, 0).total
+    speedup = dense.median / impact.median
+    note = f"{speedup:.2f}x our dense, FLOPs promise {promised:.2f}x; free slicing {dense.median / slicing.median:.2f}x"
+    yield timed(
+        f"{case.what}, pruned linearly to {FINAL_KEEP:.0%} by global impact", impact, _floor(case, counts, ceilings),
+        figure=speedup / promised, figure_kind="promise", target=case.promise, note=note,
+    )  # fmt: skip
+    for part, without, target in (
+        ("scoring", recency, case.scoring),
+        ("scoring, selection and gather", slicing, case.choosing),
+    ):
+        share = (impact.median - without.median) / dense.median
+        note = f"{impact.median:.3f} - {without.median:.3f} ms of {dense.median:.3f} ms dense"
+        yield Line(
+            f"{case.what}, {part}", ours=impact.median - without.median, figure=share, figure_kind="share",
+            target=target, note=note,
+        )  # fmt: skip
+
+
+def _sliced(model: LanguageModel, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+    """The pruned pass with tokens chosen for free: every layer simply gets the newest ones."""
+    backend = model.backend
+    hidden, residual = model.backbone.embedding(tokens), None
+    for block, count in zip(model.backbone.layers, counts, strict=True):
+        hidden = hidden[:, -count:]
+        residual = None if residual is None else residual[:, -count:]
+        hidden, residual, _, _ = block(hidden, residual, backend)
+    normed, _ = model.backbone.norm_f(hidden[:, -1:], residual[:, -1:], backend)
+    return model.lm_head(normed, backend)
+
+
+def _replayed(model: LanguageModel, tokens: Tensor) -> Call:
+    """Prefill as users run it: a captured graph on a CUDA device."""
+    if model.device.type != "cuda":
+        return lambda: model.prefill(tokens)
+    captured = model.captured(*tokens.shape)
+    return lambda: captured(tokens)
+
+
+def _graph(call: Call, device: torch.device) -> Call:
+    return capture(call) if device.type == "cuda" else call
+
+
+def _time(call: Call, device: torch.device, repeats: int) -> Timing:
+    return time_calls([call], device, repeats, queued=False)

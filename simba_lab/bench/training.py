@@ -1,0 +1,162 @@
+"""Training: tokens per second of whole steps, ours through Lightning's Trainer, mamba-ssm's model in a plain loop."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from simba_lab.bench import models
+from simba_lab.bench.floors import floor_of_sequence
+from simba_lab.bench.lines import Line, Target, throughput
+from simba_lab.bench.model_work import training_work
+from simba_lab.bench.ops import missing, peer_name
+from simba_lab.bench.session import Session
+from simba_lab.bench.timing import Timing
+from simba_lab.model import ModelConfig
+from simba_lab.training.module import LanguageModeling, PartSpec, PrunedTraining
+
+# Steps before the clock starts (compilation, the allocator), steps in one stretch between two readings of it.
+WARMUP, STRETCH, STRETCHES = 8, 5, 5
+STEPS = WARMUP + STRETCH * STRETCHES
+_BATCHES = 4
+# Of a window, the context that pruned training may thin out; the loss is taken on the rest.
+_CONTEXT = 7 / 8
+_LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """A model and ``batch`` windows of ``length`` tokens."""
+
+    config: ModelConfig
+    batch: int
+    length: int
+    dense: Target = Target(1.5)
+    promise: Target = Target(0.9)
+
+    @property
+    def what(self) -> str:
+        c = self.config
+        return f"d {c.d_model}, {c.n_layer} layers, {self.batch} x {self.length}, vocabulary {c.vocab_size}"
+
+
+CASES = {
+    "256": TrainingCase(ModelConfig(256, 8, 512), 64, 512),
+    "384": TrainingCase(ModelConfig(384, 12, 4096), 64, 512),
+    "512": TrainingCase(ModelConfig(512, 12, 16384), 32, 1024),
+    "768": TrainingCase(ModelConfig(768, 24, 50277), 16, 2048),
+}
+
+
+class StretchClock(Callback):
+    """Seconds of every stretch of steps after the warm-up; works as a callback of Lightning and called by hand."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.steps, self.readings, self.loss = device, 0, [], float("nan")
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+        self.tick(outputs["loss"])
+
+    def tick(self, loss: Tensor) -> None:
+        """A step has been queued; at the end of a stretch wait for the device and read the clock."""
+        self.steps += 1
+        if self.steps >= WARMUP and (self.steps - WARMUP) % STRETCH == 0:
+            self.loss = float(loss.detach())  # waits for everything before it
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.readings.append(time.perf_counter())
+
+    def timing(self) -> Timing:
+        """Milliseconds of a step."""
+        pairs = zip(self.readings, self.readings[1:], strict=False)
+        return Timing.of([1e3 * (after - before) / STRETCH for before, after in pairs])
+
+
+def measure_training(case: TrainingCase, session: Session) -> Iterator[Line]:
+    """Dense beside mamba-ssm, then pruned beside what FLOPs promise over our own dense."""
+    tokens, batches = case.batch * case.length, _batches(case, session.seed)
+    dense, loss = _ours(case, batches, session, None)
+    reason = missing("mamba_ssm.models.mixer_seq_simple", "mamba-ssm")
+    theirs = reason or _peer(case, batches, session.device)
+    least = floor_of_sequence(training_work(case.config, case.batch, case.length), session.ceilings)
+    line = throughput(f"training, {case.what}, dense", tokens, dense, peer_name("mamba-ssm"), theirs, case.dense, least)
+    yield replace(line, note=line.note or f"loss {loss:.2f} after {STEPS} steps on random tokens")
+    yield _pruned_line(case, batches, session, dense)
+
+
+def _pruned_line(case: TrainingCase, batches: list[dict[str, Tensor]], session: Session, dense: Timing) -> Line:
+    context = int(_CONTEXT * case.length)
+    schedule = PartSpec({"class_path": "linear", "init_args": {"final_keep": 0.1}})
+    pruning = PrunedTraining(context, "global_impact", schedule)
+    pruned, _ = _ours(case, batches, session, pruning)
+    with torch.device("meta"):
+        module = LanguageModeling(case.config, pruning)
+        full = module.lm.with_pruning(None).flops(case.length, 0, head="all").training().total
+        promised = full / module.lm.flops(context, case.length - context).training().total
+    speedup = dense.median / pruned.median
+    tokens = case.batch * case.length
+    return Line(
+        f"training, {case.what}, pruned linearly to 10% by global impact", unit="tokens/s",
+        ours=1e3 * tokens / pruned.median, spread=(1e3 * tokens / pruned.high, 1e3 * tokens / pruned.low),
+        figure=speedup / promised, figure_kind="promise", target=case.promise,
+        note=f"{speedup:.2f}x our dense, FLOPs promise {promised:.2f}x",
+    )  # fmt: skip
+
+
+def _ours(
+    case: TrainingCase, batches: list[dict[str, Tensor]], session: Session, pruning: PrunedTraining | None
+) -> tuple[Timing, float]:
+    """Time of a step under Lightning's Trainer, as ``simba-lab fit`` runs it but for loggers and checkpoints."""
+    clock = StretchClock(session.device)
+    module = LanguageModeling(case.config, pruning, session.backend, session.seed, learning_rate=_LEARNING_RATE)
+    accelerator = "gpu" if session.device.type == "cuda" else "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice about loader workers, loggers and batch sizes
+        trainer = Trainer(
+            accelerator=accelerator, devices=1, precision="bf16-mixed", max_steps=STEPS,
+            callbacks=[clock], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(_endless(batches), batch_size=None))
+    return clock.timing(), clock.loss
+
+
+def _peer(case: TrainingCase, batches: list[dict[str, Tensor]], device: torch.device) -> Timing:
+    """Time of a step of mamba-ssm's model in a plain loop: bf16 autocast, fused AdamW."""
+    model = models.mamba_ssm(case.config, device, torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, fused=device.type == "cuda")
+    clock = StretchClock(device)
+    for batch in _endless(batches)[:STEPS]:
+        tokens, labels = (batch[name].to(device, non_blocking=True) for name in ("tokens", "labels"))
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = model(tokens).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        clock.tick(loss)
+    return clock.timing()
+
+
+def _endless(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [batches[step % len(batches)] for step in range(STEPS)]
+
+
+def _batches(case: TrainingCase, seed: int) -> list[dict[str, Tensor]]:
+    """Random windows in host memory, pinned where there is a GPU, each token labelled with the next."""
+    windows = []
+    for number in range(_BATCHES):
+        generator = torch.Generator().manual_seed(seed + number)
+        text = torch.randint(case.config.vocab_size, (case.batch, case.length + 1), generator=generator)
+        window = {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()}
+        windows.append({n: t.pin_memory() for n, t in window.items()} if torch.cuda.is_available() else window)
+    return windows
