@@ -1,7 +1,8 @@
 """A second Mamba, written from the formulas of the paper and sharing no code with the package: the tests' oracle.
 
 One sequence at a time, in fp64, nothing recurrent: every output is the double sum over the tokens before it. It is
-differentiable, so that gradients can be compared too.
+differentiable, so that gradients can be compared too. Mamba-2 is Mamba-1 whose channels share: steps and A by head, B
+and C by group, so that B and C have a row per channel, (L, D, N), and the same sums serve both.
 """
 
 from __future__ import annotations
@@ -84,7 +85,30 @@ def mixer(weights: Mapping[str, Tensor], prefix: str, config: ModelConfig, hidde
     delta = softplus(low_rank[:, :rank] @ w["dt_proj.weight"].T + w["dt_proj.bias"])
     A = -torch.exp(w["A_log"])
     y = unrolled_scan(x, delta, A, B, C, w["D"]) * silu(z)
-    return {"x": x, "z": z, "delta": delta, "A": A, "B": B, "C": C, "out": y @ w["out_proj.weight"].T}
+    signals = {"x": x, "z": z, "delta": delta, "steps": delta, "A": A, "B": B, "C": C}
+    return {**signals, "out": y @ w["out_proj.weight"].T}
+
+
+def mixer2(weights: Mapping[str, Tensor], prefix: str, config: ModelConfig, hidden: Tensor) -> dict[str, Tensor]:
+    """The same of a Mamba-2 layer, every signal spread over its channels; ``steps`` (L, H) are those of the heads."""
+    w = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    inner, shared = config.d_inner, config.ngroups * config.d_state
+    projected = hidden @ w["in_proj.weight"].T
+    z, dt = projected[:, :inner], projected[:, -config.nheads :]
+    convolved = causal_conv(projected[:, inner : -config.nheads], w["conv1d.weight"][:, 0], w["conv1d.bias"])
+    x, B, C = convolved[:, :inner], convolved[:, inner : inner + shared], convolved[:, inner + shared :]
+    steps = softplus(dt + w["dt_bias"])
+    head = torch.arange(inner) // config.headdim
+    group = torch.arange(inner) // (inner // config.ngroups)
+    B, C = (t.reshape(len(t), config.ngroups, config.d_state)[:, group] for t in (B, C))
+    A = -torch.exp(w["A_log"])[head][:, None].expand(-1, config.d_state)
+    gated = unrolled_scan(x, steps[:, head], A, B, C, w["D"][head]) * silu(z)
+    runs = gated.reshape(len(gated), config.ngroups, -1), w["norm.weight"].reshape(config.ngroups, -1)
+    out = rms_norm(*runs, config.norm_eps).reshape(len(gated), -1) @ w["out_proj.weight"].T
+    return {"x": x, "z": z, "delta": steps[:, head], "steps": steps, "A": A, "B": B, "C": C, "out": out}
+
+
+MIXERS = {"mamba1": mixer, "mamba2": mixer2}
 
 
 @dataclass(frozen=True)
@@ -103,7 +127,7 @@ def run(weights: Mapping[str, Tensor], config: ModelConfig, tokens: Tensor, n_co
         kept.append(positions)
         prefix = f"backbone.layers.{layer}."
         normed = rms_norm(stream, weights[prefix + "norm.weight"], config.norm_eps)
-        signals = mixer(weights, prefix + "mixer.", config, normed)
+        signals = MIXERS[config.layer](weights, prefix + "mixer.", config, normed)
         stream = stream + signals["out"]
         if layer + 1 < config.n_layer:
             present = len(positions)
@@ -124,7 +148,7 @@ def scores(name: str, signals: Mapping[str, Tensor], positions: list[int]) -> li
         return [max(row) for row in impact.tolist()]
     if name == "recency":
         return [float(position) for position in positions]
-    vectors = {"local_delta": "delta", "norm": "hidden"}
+    vectors = {"local_delta": "steps", "norm": "hidden"}
     return [sum(v * v for v in row) ** 0.5 for row in signals[vectors[name]].tolist()]
 
 
@@ -145,7 +169,7 @@ def tiny_model(
         for parameter in lm.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator).to(dtype)
         for block in lm.backbone.layers:
-            bias = block.mixer.dt_proj.bias
+            bias = block.mixer.dt_bias
             bias.copy_(torch.rand(bias.shape, generator=generator) * 3 - 2)
     return lm
 

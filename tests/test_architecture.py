@@ -46,7 +46,7 @@ HEAVY = ("triton", "mamba_ssm", "causal_conv1d", "numba", "lm_eval", "datasets",
 # Kernels written in Numba's language and the subclass of the harness's model: they cannot do without, so nobody may
 # import them before they are used.
 CPU = ROOT / "kernels" / "cpu"
-NUMBA_KERNELS = {*CPU.glob("*.py")} - {CPU / "__init__.py", CPU / "dense.py", CPU / "ssd.py"}
+NUMBA_KERNELS = {*CPU.glob("*.py")} - {CPU / "__init__.py", CPU / "dense.py", CPU / "mamba2.py"}
 BOUND = NUMBA_KERNELS | {ROOT / "evaluate" / "harness.py"}
 MAX_LINES = 400
 DRAWERS = {"utils", "util", "common", "helpers", "helper", "misc"}

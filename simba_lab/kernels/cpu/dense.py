@@ -82,13 +82,14 @@ def _norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -
     inverse = hidden.new_empty(hidden.shape[:-1])
     before = hidden if residual is None else residual
     norm.forward(
-        _rows(hidden), _rows(before), residual is not None, _rows(weight)[0], inverse.numpy().dtype.type(eps),
-        _rows(normed), _rows(stream), inverse.view(-1).numpy(),
+        rows(hidden), rows(before), residual is not None, rows(weight)[0], inverse.numpy().dtype.type(eps),
+        rows(normed), rows(stream), inverse.view(-1).numpy(),
     )  # fmt: skip
     return normed, stream, inverse
 
 
-def _rows(t: Tensor):  # noqa: ANN202 - numpy array (tokens, channels)
+def rows(t: Tensor):  # noqa: ANN201 - numpy array
+    """(..., channels) as an array (tokens, channels), sharing memory where it can."""
     return t.detach().contiguous().view(-1, t.shape[-1]).numpy()
 
 
@@ -107,8 +108,8 @@ def _norm_backward(
     dinput = stream.new_empty(stream.shape)
     dweight = stream.new_empty(-(-inverse.numel() // norm.STRETCH), stream.shape[-1])
     norm.backward(
-        _rows(stream), inverse.contiguous().view(-1).numpy(), _rows(weight)[0], _rows(dnormed), _rows(dstream),
-        _rows(dinput), dweight.numpy(),
+        rows(stream), inverse.contiguous().view(-1).numpy(), rows(weight)[0], rows(dnormed), rows(dstream),
+        rows(dinput), dweight.numpy(),
     )  # fmt: skip
     return dinput, dweight.sum(0)
 
@@ -135,57 +136,3 @@ def add_rms_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: f
         return reference.add_rms_norm(hidden, residual, weight, eps)
     normed, stream, _ = _norm(hidden, residual, weight, eps)
     return normed, stream
-
-
-@torch.library.custom_op("simba_lab::gated_rms_norm", mutates_args=(), device_types="cpu")
-def _gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor]:
-    from simba_lab.kernels.cpu import gated_norm
-
-    use_torch_threads()
-    out, inverse = _gated_outputs(y, z, weight, eps, groups)
-    gated_norm.forward(
-        _rows(y), _rows(z), _rows(weight)[0], inverse.numpy().dtype.type(eps), _rows(out), _rows(inverse)
-    )
-    return out, inverse
-
-
-@_gated_norm.register_fake
-def _gated_outputs(y, z, weight, eps, groups):  # noqa: ANN001, ANN202
-    return y.new_empty(y.shape), y.new_empty(*y.shape[:-1], groups)
-
-
-@torch.library.custom_op("simba_lab::gated_rms_norm_backward", mutates_args=(), device_types="cpu")
-def _gated_norm_backward(
-    y: Tensor, z: Tensor, weight: Tensor, inverse: Tensor, dout: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    from simba_lab.kernels.cpu import gated_norm
-
-    use_torch_threads()
-    dy, dz = y.new_empty(y.shape), y.new_empty(y.shape)
-    dweight = y.new_empty(-(-(y.numel() // y.shape[-1]) // gated_norm.STRETCH), y.shape[-1])
-    gated_norm.backward(
-        _rows(y), _rows(z), _rows(weight)[0], _rows(inverse), _rows(dout), _rows(dy), _rows(dz), dweight.numpy()
-    )
-    return dy, dz, dweight.sum(0)
-
-
-@_gated_norm_backward.register_fake
-def _(y, z, weight, inverse, dout):  # noqa: ANN001, ANN202
-    return y.new_empty(y.shape), y.new_empty(y.shape), torch.empty_like(weight)
-
-
-def _gated_context(ctx, inputs, output) -> None:  # noqa: ANN001
-    ctx.save_for_backward(*inputs[:3], output[1])
-
-
-def _gated_gradients(ctx, dout, _):  # noqa: ANN001, ANN202
-    return *_gated_norm_backward(*ctx.saved_tensors, dout), None, None
-
-
-_gated_norm.register_autograd(_gated_gradients, setup_context=_gated_context)
-
-
-def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
-    """See :func:`simba_lab.kernels.reference.gated_rms_norm`; half precision is computed in single."""
-    dtype, wide = y.dtype, torch.promote_types(y.dtype, torch.float32)
-    return _gated_norm(y.to(wide), z.to(wide), weight.to(wide), eps, groups)[0].to(dtype)

@@ -1,0 +1,62 @@
+"""What a chunk of the Mamba-2 scan does entry by entry, between its matrix products; for CPUs, compiled by Numba.
+
+The decay from token s to a later t is exp of a difference of running sums. The sums are fp64 in any case: a long run
+of large steps would leave their fp32 difference without digits where the small steps behind it need them.
+"""
+
+from __future__ import annotations
+
+import numba
+
+from simba_lab.kernels.cpu.elementary import FAST, exp
+
+ROWS = 16
+
+_compile = numba.njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
+
+
+@_compile
+def weigh(logs, scores, weights):
+    """``weights`` (B, H, q, q): ``scores`` (B, G, q, q) times the decay from column to row, 0 above the diagonal.
+
+    ``logs`` (B, H, q), fp64: running sums of delta A, the token's own included.
+    """
+    batch, heads, length = logs.shape
+    per_group = heads // scores.shape[1]
+    cast = weights.dtype.type
+    for job in numba.prange(batch * heads):
+        i, h = job // heads, job % heads
+        log = logs[i, h]
+        for t in range(length):
+            row, score = weights[i, h, t], scores[i, h // per_group, t]
+            for s in range(t + 1):
+                row[s] = exp(cast(log[t] - log[s])) * score[s]
+            row[t + 1 :] = 0
+
+
+@_compile
+def spread(logs, scores, dweights, dscores, rows, columns):
+    """Gradients of ``scores`` (B, G, q, q), and sums of ``dweights`` times weights for t > s.
+
+    ``rows`` (B, H, q) sums over s; ``columns`` (blocks, B, H, q) over the t of each block, to be added up.
+    """
+    batch, heads, length = logs.shape
+    blocks, groups = columns.shape[0], scores.shape[1]
+    per_group = heads // groups
+    cast = scores.dtype.type
+    for job in numba.prange(batch * groups * blocks):
+        i, g, block = job // (groups * blocks), job // blocks % groups, job % blocks
+        columns[block, i, g * per_group : (g + 1) * per_group] = 0
+        for t in range(block * ROWS, min(length, (block + 1) * ROWS)):
+            score, dscore = scores[i, g, t], dscores[i, g, t]
+            dscore[:] = 0
+            for h in range(g * per_group, (g + 1) * per_group):
+                log, dweight, column = logs[i, h], dweights[i, h, t], columns[block, i, h]
+                total = dscore[0] - dscore[0]
+                for s in range(t):
+                    share = dweight[s] * exp(cast(log[t] - log[s]))
+                    dscore[s] += share
+                    column[s] += share * score[s]
+                    total += share * score[s]
+                dscore[t] += dweight[t]
+                rows[i, h, t] = total
