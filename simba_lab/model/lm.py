@@ -223,14 +223,15 @@ class LanguageModel(nn.Module):
         """The context alone (B, T), pruned: logits (B, 1, V) at the boundary and the states to decode from."""
         return self(context, n_context=context.shape[1])
 
-    def captured(self, batch: int, n_context: int) -> CapturedPrefill:
+    def captured(self, batch: int, n_context: int, beside: CapturedPrefill | None = None) -> CapturedPrefill:
         """:meth:`prefill` of ``batch`` contexts of ``n_context`` tokens as one CUDA graph, replayed when called.
 
-        Raises InputError for a model that is not on a CUDA device.
+        Captures for other sizes, made with ``beside=`` the first, share its scratch memory. Raises InputError for a
+        model that is not on a CUDA device.
         """
         from simba_lab.model.captured import CapturedPrefill
 
-        return CapturedPrefill(self, batch, n_context)
+        return CapturedPrefill(self, batch, n_context, beside)
 
     def extend(self, tokens: Tensor, states: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
         """Suffix tokens (B, n) after ``states``: logits (B, n, V) and the new states. A decoding step is n = 1."""

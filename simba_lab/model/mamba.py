@@ -92,6 +92,9 @@ class Mixer(nn.Module):
     a call with L = 1.
     """
 
+    frozen_A: Tensor | None = None
+    """Used for A while it is set: a captured graph need not compute A again at every replay."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         inner, states, rank = config.d_inner, config.d_state, config.rank
@@ -112,7 +115,7 @@ class Mixer(nn.Module):
     @property
     def A(self) -> Tensor:
         """State matrix (d_inner, d_state), negative, fp32 at least."""
-        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        return negative_exp(self.A_log) if self.frozen_A is None else self.frozen_A
 
     def forward(
         self, hidden: Tensor, backend: Backend, state: LayerState | None = None
@@ -139,6 +142,11 @@ class Mixer(nn.Module):
         self.dt_proj.bias.copy_(inverse_softplus(initial_steps(config, config.d_inner, generator)))
         self.A_log.copy_(torch.log(torch.arange(1, config.d_state + 1, dtype=torch.float32)).expand_as(self.A_log))
         self.D.fill_(1.0)
+
+
+def negative_exp(A_log: Tensor) -> Tensor:
+    """``-exp(A_log)``, fp32 at least."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
 class Block(nn.Module):

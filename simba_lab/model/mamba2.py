@@ -16,6 +16,7 @@ from simba_lab.model.mamba import (
     initial_steps,
     initialise_conv_and_output,
     inverse_softplus,
+    negative_exp,
     uniform_linear,
 )
 
@@ -43,6 +44,9 @@ class Mamba2Mixer(nn.Module):
     State: conv (B, W-1, D + 2 G N), ssm (B, H, P, N).
     """
 
+    frozen_A: Tensor | None = None
+    """As in Mamba-1."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         inner, heads, shared = config.d_inner, config.nheads, 2 * config.ngroups * config.d_state
@@ -60,7 +64,7 @@ class Mamba2Mixer(nn.Module):
     @property
     def A(self) -> Tensor:
         """One number per head (H,), negative, fp32 at least."""
-        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        return negative_exp(self.A_log) if self.frozen_A is None else self.frozen_A
 
     def forward(
         self, hidden: Tensor, backend: Backend, state: LayerState | None = None
