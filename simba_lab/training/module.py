@@ -63,7 +63,7 @@ class LanguageModeling(LightningModule):
     Args:
         model: shape and initialisation of the model.
         pruning: train with pruning on; null trains dense on every position.
-        backend: kernels: auto, numba or reference.
+        backend: kernels, by name, or auto.
         seed: of the initial weights.
         learning_rate: peak of AdamW's learning rate.
         weight_decay: on matrices; none on biases, norms, embeddings, A and D.

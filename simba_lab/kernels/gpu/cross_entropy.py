@@ -1,8 +1,8 @@
-"""Cross-entropy on logits as the head leaves them: no copy in fp32, one number kept per row, gradient in one pass.
+"""Cross-entropy on logits as the head leaves them: no copy in fp32, two numbers kept per row, gradient in one pass.
 
 At 32,768 rows and 50,280 tokens logits are 3.3 GB in bf16; the plain route makes two fp32 tensors of 6.6 GB of them and
-reads or writes each several times. Here the forward pass reads the logits once and keeps each row's log-sum-exp, the
-backward pass reads them once and writes the gradient in their dtype. Arithmetic is fp32 (fp64 for fp64 logits).
+reads or writes each several times. Here the forward pass reads the logits once and keeps each row's log-sum-exp in
+two parts, the backward pass reads them once and writes the gradient in their dtype. Arithmetic is fp32, fp64 for fp64.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _WARPS = 8
 
 
 @triton.jit
-def _forward(logits, labels, losses, lses, ignored, V: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(logits, labels, losses, tops, logs, ignored, V: tl.constexpr, BLOCK: tl.constexpr):
     """One row: running maximum and sum of exponentials per lane, reduced at the end."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
-    wide = lses.dtype.element_ty
+    wide = losses.dtype.element_ty
     highest = tl.full((BLOCK,), -float("inf"), wide)
     total = tl.zeros((BLOCK,), wide)
     for start in range(0, V, BLOCK):
@@ -34,19 +34,21 @@ def _forward(logits, labels, losses, lses, ignored, V: tl.constexpr, BLOCK: tl.c
         highest = higher
     top = tl.max(highest, 0)
     base = tl.where(top == -float("inf"), 0.0, top)
-    lse = top + tl.log(tl.sum(total * tl.exp(highest - base), 0))
+    log = tl.log(tl.sum(total * tl.exp(highest - base), 0))
     scored = label != ignored
     target = tl.load(logits + row * V + tl.where(scored, label, 0)).to(wide)
-    tl.store(lses + row, lse)
-    tl.store(losses + row, tl.where(scored, lse - target, 0.0))
+    # Kept apart: in their sum a large maximum would swallow the logarithm.
+    tl.store(tops + row, top)
+    tl.store(logs + row, log)
+    tl.store(losses + row, tl.where(scored, (top - target) + log, 0.0))
 
 
 @triton.jit
-def _backward(logits, labels, lses, dloss, count, gradient, ignored, V: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(logits, labels, tops, logs, dloss, count, gradient, ignored, V: tl.constexpr, BLOCK: tl.constexpr):
     """A stretch of one row: (softmax - one-hot) * dloss / number of scored rows; zero where the label is ignored."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    wide = lses.dtype.element_ty
+    wide = tops.dtype.element_ty
     label = tl.load(labels + row)
     place = gradient + row * V + column
     if label == ignored:
@@ -54,7 +56,7 @@ def _backward(logits, labels, lses, dloss, count, gradient, ignored, V: tl.const
     else:
         scale = tl.load(dloss).to(wide) / tl.load(count).to(wide)
         value = tl.load(logits + row * V + column, mask=column < V, other=-float("inf")).to(wide)
-        share = tl.exp(value - tl.load(lses + row)) - tl.where(column == label, 1.0, 0.0)
+        share = tl.exp((value - tl.load(tops + row)) - tl.load(logs + row)) - tl.where(column == label, 1.0, 0.0)
         tl.store(place, (share * scale).to(gradient.dtype.element_ty), mask=column < V)
 
 
@@ -63,27 +65,28 @@ def _block(vocabulary: int) -> int:
 
 
 @torch.library.custom_op("simba_lab::cross_entropy_triton", mutates_args=())
-def _cross_entropy(logits: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean loss (), log-sum-exp of each row (n,), number of scored rows ()."""
+def _cross_entropy(logits: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean loss (); of each row (n,) the maximum and the log of the sum of exponentials above it; scored rows ()."""
     rows, vocabulary = logits.shape
     wide = torch.promote_types(logits.dtype, torch.float32)
-    losses, lses = (logits.new_empty(rows, dtype=wide) for _ in range(2))
+    losses, tops, logs = (logits.new_empty(rows, dtype=wide) for _ in range(3))
     count = (labels != ignored).sum()
     if rows:
         block = _block(vocabulary)
-        _forward[(rows,)](logits, labels, losses, lses, ignored, vocabulary, block, num_warps=_WARPS)
-    return losses.sum() / count, lses, count
+        _forward[(rows,)](logits, labels, losses, tops, logs, ignored, vocabulary, block, num_warps=_WARPS)
+    return losses.sum() / count, tops, logs, count
 
 
 @_cross_entropy.register_fake
 def _(logits, labels, ignored):  # noqa: ANN001, ANN202
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return logits.new_empty((), dtype=wide), logits.new_empty(logits.shape[:1], dtype=wide), labels.new_empty(())
+    loss, top, log = (logits.new_empty(shape, dtype=wide) for shape in ((), logits.shape[:1], logits.shape[:1]))
+    return loss, top, log, labels.new_empty(())
 
 
 @torch.library.custom_op("simba_lab::cross_entropy_triton_backward", mutates_args=())
 def _cross_entropy_backward(
-    logits: Tensor, labels: Tensor, lses: Tensor, count: Tensor, dloss: Tensor, ignored: int
+    logits: Tensor, labels: Tensor, tops: Tensor, logs: Tensor, count: Tensor, dloss: Tensor, ignored: int
 ) -> Tensor:
     rows, vocabulary = logits.shape
     gradient = torch.empty_like(logits)
@@ -91,23 +94,23 @@ def _cross_entropy_backward(
         block = _block(vocabulary)
         grid = (rows, triton.cdiv(vocabulary, block))
         _backward[grid](
-            logits, labels, lses, dloss, count, gradient, ignored, vocabulary, block, num_warps=_WARPS
+            logits, labels, tops, logs, dloss, count, gradient, ignored, vocabulary, block, num_warps=_WARPS
         )  # fmt: skip
     return gradient
 
 
 @_cross_entropy_backward.register_fake
-def _(logits, labels, lses, count, dloss, ignored):  # noqa: ANN001, ANN202
+def _(logits, labels, tops, logs, count, dloss, ignored):  # noqa: ANN001, ANN202
     return torch.empty_like(logits)
 
 
 def _context(ctx, inputs, output) -> None:  # noqa: ANN001
     logits, labels, ctx.ignored = inputs
-    ctx.save_for_backward(logits, labels, output[1], output[2])
+    ctx.save_for_backward(logits, labels, *output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dloss, _, __):  # noqa: ANN001, ANN202
+def _gradients(ctx, dloss, *_):  # noqa: ANN001, ANN202
     if dloss is None:
         return None, None, None
     return _cross_entropy_backward(*ctx.saved_tensors, dloss, ctx.ignored), None, None
