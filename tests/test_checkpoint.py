@@ -248,11 +248,11 @@ def test_an_interrupted_save_leaves_the_old_weights_loadable(tmp_path: Path, mon
     original = model()
     save_model(tmp_path, original)
 
-    def cut(weights: dict[str, torch.Tensor], path: Path) -> None:
+    def cut(weights: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         path.write_bytes(b"half")
         raise Crash
 
-    monkeypatch.setattr("simba_lab.checkpoint.save_file", cut)
+    monkeypatch.setattr("simba_lab.checkpoint.run_folder.save_file", cut)
     with pytest.raises(Crash):
         save_model(tmp_path, LanguageModel(SHAPE, seed=9))
     assert_same(simba_lab.load(tmp_path), original)

@@ -1,4 +1,4 @@
-"""The published Mamba-1 shapes by name, and how many parameters a shape has."""
+"""The published shapes of both generations by name, and how many parameters a shape has."""
 
 from __future__ import annotations
 
@@ -7,16 +7,31 @@ import difflib
 from simba_lab.errors import InputError
 from simba_lab.model.config import ModelConfig
 
-_VOCABULARY = 50277  # of the GPT-NeoX tokenizer; padded to 50280
+NEOX_VOCABULARY = 50277
+"""Tokens of the GPT-NeoX tokenizer, which every published model uses."""
+
+
+def _first(d_model: int, n_layer: int) -> ModelConfig:
+    return ModelConfig(d_model, n_layer, NEOX_VOCABULARY)
+
+
+def _second(d_model: int, n_layer: int) -> ModelConfig:
+    return ModelConfig(d_model, n_layer, NEOX_VOCABULARY, layer="mamba2", pad_vocab_size_multiple=16)
+
 
 PUBLISHED: dict[str, ModelConfig] = {
-    "mamba-130m": ModelConfig(d_model=768, n_layer=24, vocab_size=_VOCABULARY),
-    "mamba-370m": ModelConfig(d_model=1024, n_layer=48, vocab_size=_VOCABULARY),
-    "mamba-790m": ModelConfig(d_model=1536, n_layer=48, vocab_size=_VOCABULARY),
-    "mamba-1.4b": ModelConfig(d_model=2048, n_layer=48, vocab_size=_VOCABULARY),
-    "mamba-2.8b": ModelConfig(d_model=2560, n_layer=64, vocab_size=_VOCABULARY),
+    "mamba-130m": _first(768, 24),
+    "mamba-370m": _first(1024, 48),
+    "mamba-790m": _first(1536, 48),
+    "mamba-1.4b": _first(2048, 48),
+    "mamba-2.8b": _first(2560, 64),
+    "mamba2-130m": _second(768, 24),
+    "mamba2-370m": _second(1024, 48),
+    "mamba2-780m": _second(1536, 48),
+    "mamba2-1.3b": _second(2048, 48),
+    "mamba2-2.7b": _second(2560, 64),
 }
-"""state-spaces' releases: tied head, d_state 16, d_conv 4, expand 2."""
+"""state-spaces' releases: tied head, d_conv 4, expand 2; d_state 16, or 128 with heads of 64 channels in one group."""
 
 
 def published_shape(name: str) -> ModelConfig:
@@ -31,14 +46,32 @@ def published_shape(name: str) -> ModelConfig:
 
 def parameter_count(config: ModelConfig) -> int:
     """Trainable numbers of the model, padding of the vocabulary included, a tied head counted once."""
-    width, inner, states, rank = config.d_model, config.d_inner, config.d_state, config.rank
-    mixer = (
-        width * 2 * inner  # in_proj
-        + inner * (config.d_conv + 1)  # conv1d with bias
+    width = config.d_model
+    mixer = _mamba1_mixer(config) if config.layer == "mamba1" else _mamba2_mixer(config)
+    tables = config.padded_vocab_size * width * (1 if config.tie_embeddings else 2)
+    return tables + config.n_layer * (mixer + width) + width  # a norm per layer and the last one
+
+
+def _mamba1_mixer(config: ModelConfig) -> int:
+    inner, states, rank = config.d_inner, config.d_state, config.rank
+    return (
+        _projections_and_conv(config, 2 * inner, inner)
         + inner * (rank + 2 * states)  # x_proj
         + (rank + 1) * inner  # dt_proj with bias
         + inner * (states + 1)  # A_log and D
-        + inner * width  # out_proj
     )
-    tables = config.padded_vocab_size * width * (1 if config.tie_embeddings else 2)
-    return tables + config.n_layer * (mixer + width) + width  # a norm per layer and the last one
+
+
+def _mamba2_mixer(config: ModelConfig) -> int:
+    inner, heads, shared = config.d_inner, config.nheads, 2 * config.ngroups * config.d_state
+    return (
+        _projections_and_conv(config, 2 * inner + shared + heads, inner + shared)
+        + 3 * heads  # dt_bias, A_log and D
+        + inner  # the gated norm
+    )
+
+
+def _projections_and_conv(config: ModelConfig, projected: int, convolved: int) -> int:
+    width, inner = config.d_model, config.d_inner
+    biases = (projected + width) * config.bias + convolved * config.conv_bias
+    return width * projected + inner * width + convolved * config.d_conv + biases
