@@ -25,7 +25,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Largest error allowed, relative to the largest entry of the tensor.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 HALF = (torch.bfloat16, torch.float16)
-LENGTHS, CHANNELS, WIDTHS = (1, 2, 3, 5, 17, 33), (1, 5, 24, 40), (2, 3, 4)
+LENGTHS, CHANNELS, WIDTHS = (1, 2, 3, 5, 8, 17, 33), (1, 5, 24, 40), (2, 3, 4)
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
@@ -200,9 +200,22 @@ def test_norm_of_any_layout() -> None:
         compare(normalise(norm.add_rms_norm), normalise(reference.add_rms_norm), list(arguments), 1e-12)
 
 
+def test_norm_keeps_the_stream_s_gradient_in_fp32() -> None:
+    arguments = cast(norm_arguments(2, 3, 5), torch.bfloat16, torch.float32, torch.float32)
+    exact = outputs_and_gradients(normalise(reference.add_rms_norm), [t.double() for t in arguments])
+    got = outputs_and_gradients(normalise(norm.add_rms_norm), arguments)
+    torch.testing.assert_close(got[3].double(), exact[3], rtol=1e-5, atol=1e-5)
+
+
 def test_norm_of_more_rows_than_programs(nan_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm, "HELD", 3 * 8)  # three programs with rows of 8
     compare(normalise(norm.add_rms_norm), normalise(reference.add_rms_norm), norm_arguments(2, 5, 6), 1e-12)
+    longer = torch.full((1, 12, 6), float("nan"), dtype=torch.float64, device=DEVICE)  # two rows too many
+    longer[:, :10] = 1
+    stream = longer[:, :10]
+    grads = norm._norm_backward(stream, stream[..., 0].contiguous(), stream[0, 0], stream, stream, stream.dtype, False)
+    assert torch.equal(grads[0], stream) and torch.equal(grads[2], torch.full_like(grads[2], 10))
+    assert longer[:, 10:].isnan().all()
 
 
 def test_inputs_stay_as_they_were() -> None:

@@ -223,15 +223,12 @@ def _reduce_kernel(
     tl.store(dbias + d, gradient.to(dbias.dtype.element_ty), mask=inside & (tap == W))
 
 
-def _layout(
-    batch: int, tokens: int, channels: int, tiling: Tiling, per_thread: int
-) -> tuple[int, int, tuple[int, int], int]:
-    """Channels per program, tokens per piece, grid and warps: fixed by the shape alone."""
+def _layout(batch: int, tokens: int, channels: int, tiling: Tiling, per_thread: int) -> tuple[int, int, int, int]:
+    """Channels per program, tokens per piece, pieces of a sequence and warps: fixed by the shape alone."""
     block = min(BLOCK, triton.next_power_of_2(channels))
-    blocks = triton.cdiv(channels, block)
-    span = triton.next_power_of_2(batch * tokens * blocks // tiling.programs)
+    span = triton.next_power_of_2(batch * tokens * triton.cdiv(channels, block) // tiling.programs)
     span = min(tiling.longest, max(tiling.group, span))
-    return block, span, (blocks * max(1, triton.cdiv(tokens, span)), batch), max(1, block // (32 * per_thread))
+    return block, span, max(1, triton.cdiv(tokens, span)), max(1, block // (32 * per_thread))
 
 
 def _with_contiguous_channels(t: Tensor) -> Tensor:
@@ -247,9 +244,9 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None) -> tu
         return out, last
     x = _with_contiguous_channels(x)
     group = min(FORWARD.group, triton.next_power_of_2(max(1, length)))
-    block, span, grid, warps = _layout(batch, length, channels, FORWARD, per_thread=16 // x.element_size())
+    block, span, pieces, warps = _layout(batch, length, channels, FORWARD, per_thread=16 // x.element_size())
     with torch.cuda.device_of(x):
-        _forward_kernel[grid](
+        _forward_kernel[(triton.cdiv(channels, block) * pieces, batch)](
             x, weight.contiguous(), bias.contiguous(), None if initial is None else initial.contiguous(), out, last,
             length, channels, span, x.stride(0), x.stride(1), width, group, block, num_warps=warps,
         )  # fmt: skip
@@ -273,18 +270,17 @@ def _conv_backward(
         return dx, dweight.zero_(), dbias.zero_(), dinitial
     x, dout = _with_contiguous_channels(x), _with_contiguous_channels(dout)
     # Four channels per thread: the sums and windows of eight do not fit into registers.
-    block, span, grid, warps = _layout(batch, length + width - 1, channels, BACKWARD, per_thread=4)
-    parts = batch * triton.cdiv(length + width - 1, span)
-    partial = x.new_empty(parts, width + 1, channels, dtype=torch.promote_types(x.dtype, torch.float32))
+    block, span, pieces, warps = _layout(batch, length + width - 1, channels, BACKWARD, per_thread=4)
+    partial = x.new_empty(batch * pieces, width + 1, channels, dtype=torch.promote_types(x.dtype, torch.float32))
     with torch.cuda.device_of(x):
-        _backward_kernel[grid](
+        _backward_kernel[(triton.cdiv(channels, block) * pieces, batch)](
             x, weight.contiguous(), bias.contiguous(), None if initial is None else initial.contiguous(), dout,
             None if dlast is None else dlast.contiguous(), dx, None if initial is None else dinitial, partial,
             length, channels, span, x.stride(0), x.stride(1), dout.stride(0), dout.stride(1), width,
             BACKWARD.group, block, num_warps=warps,
         )  # fmt: skip
         _reduce_kernel[(triton.cdiv(channels, 64), width + 1)](
-            partial, dweight, dbias, parts, channels, width, ROWS=32, BLOCK=64
+            partial, dweight, dbias, batch * pieces, channels, width, ROWS=32, BLOCK=64
         )
     return dx, dweight, dbias, dinitial
 
