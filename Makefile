@@ -4,6 +4,7 @@ PYTHON ?= python3
 EXP ?=
 CKPT ?=
 ARGS ?=
+BENCH ?= cpu
 TEST_WORKERS ?= 2
 
 VENV := .venv
@@ -15,11 +16,11 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup sweep report eval bench doctor test test-gpu lock clean check-python
+.PHONY: help setup sweep report eval bench bench-table doctor test test-gpu lock clean check-python
 
 help:  ## print this list
 	@echo "make TARGET [EXP=sweep] [CKPT=checkpoint] [ARGS='further arguments']"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' Makefile
 	@echo "sweeps: $(SWEEPS)"
 
 setup: $(STAMP)  ## make .venv and install the pinned dependencies and this checkout
@@ -33,8 +34,11 @@ report: require-sweep $(STAMP)  ## write the table and report.html of a sweep ag
 eval: require-checkpoint $(STAMP)  ## evaluate CKPT=runs/base (a run folder, .ckpt or converted folder)
 	@$(BIN)/simba-lab eval --checkpoint $(CKPT) $(ARGS)
 
-bench: $(STAMP)  ## time a CPU training step beside mambapy and transformers
-	@$(BIN)/simba-lab bench cpu $(ARGS)
+bench: $(STAMP)  ## time ours beside others: BENCH=cpu (default), or with a GPU kernels, prefill, train, decode
+	@$(BIN)/simba-lab bench $(BENCH) $(ARGS)
+
+bench-table: $(STAMP)  ## write the README's GPU table again from experiments/bench/*.json
+	@$(BIN)/simba-lab bench table $(sort $(wildcard experiments/bench/*.json)) --into README.md
 
 doctor: $(STAMP)  ## say what is installed and which backends work here
 	@$(BIN)/simba-lab doctor $(ARGS)
@@ -43,8 +47,10 @@ test: $(STAMP)  ## lint and run the tests that need no GPU
 	@$(BIN)/ruff check .
 	@$(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) $(ARGS)
 
-test-gpu: $(STAMP)  ## run the tests that need a CUDA device
-	@$(BIN)/python -m pytest -m gpu $(ARGS)
+test-gpu: $(STAMP)  ## run the whole suite where there is a CUDA device: Triton kernels compiled, not interpreted
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+	  echo "make: torch sees no CUDA device here" >&2; exit 2; }
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) $(ARGS)
 
 clean:  ## remove .venv and caches, keep runs/
 	rm -rf $(VENV) .lock-venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

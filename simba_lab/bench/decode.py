@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,18 +10,20 @@ import torch
 from torch import Tensor
 
 from simba_lab.bench import models
+from simba_lab.bench.checks import require
 from simba_lab.bench.floors import floor_of_sequence
 from simba_lab.bench.lines import Line, Target, throughput
 from simba_lab.bench.model_work import decoding_work
 from simba_lab.bench.ops import missing, peer_name
 from simba_lab.bench.session import Session
-from simba_lab.bench.timing import Call, Timing, capture, time_calls
+from simba_lab.bench.timing import Timing, time_calls
 from simba_lab.model import LanguageModel, ModelConfig
-from simba_lab.model.mamba import LayerState
+from simba_lab.model.lm import Output
 from simba_lab.model.shapes import published_shape
 
 # Tokens of one timed call, and what mamba-ssm generates beyond them to cancel its prefill by difference.
 GENERATED = 64
+_COMPARED = 8  # tokens, before anything is timed
 _REPEATS = 7
 
 
@@ -48,13 +51,16 @@ def published_cases() -> dict[str, DecodingCase]:
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_decoding(case: DecodingCase, session: Session) -> list[Line]:
     """One line: tokens per second of all sequences together."""
     model = models.ours(case.config, session.device, torch.bfloat16, session.seed, session.backend).eval()
     tokens = models.random_tokens(case.config, (case.batch, case.n_context), session.device, session.seed + 1)
-    step = GreedyStep(model.sparsified("global_impact", "linear", final_keep=0.1), tokens)
-    stretch = time_calls([partial(_repeat, step.replay, GENERATED)], session.device, _REPEATS, queued=False)
+    sparse = model.sparsified("global_impact", "linear", final_keep=0.1)
+    generate = _captured(sparse, tokens) if tokens.is_cuda else partial(_eager, sparse, sparse.prefill(tokens))
+    compared = {"the tokens": generate(_COMPARED)}, {"the tokens": _eager(sparse, sparse.prefill(tokens), _COMPARED)}
+    session.checks.append(require(f"{case.what}, captured against eager", *compared, 0.0))
+    stretch = time_calls([partial(generate, GENERATED)], session.device, _REPEATS, queued=False)
     ours = Timing(*(ms / GENERATED for ms in _spread(stretch)), stretch.repeats)
     least = floor_of_sequence(decoding_work(case.config, case.batch), session.ceilings)
     reason = missing("mamba_ssm.models.mixer_seq_simple", "mamba-ssm")
@@ -62,28 +68,25 @@ def measure_decoding(case: DecodingCase, session: Session) -> list[Line]:
     return [throughput(case.what, case.batch, ours, peer_name("mamba-ssm"), theirs, case.target, least)]
 
 
-class GreedyStep:
-    """One greedy decoding step after a prefill, on tokens and states that stay where they are: captured on a GPU."""
-
-    def __init__(self, model: LanguageModel, context: Tensor) -> None:
-        before = model.prefill(context)
-        self.model = model
-        self.tokens = before.logits.argmax(-1)
-        self.states = [LayerState(state.conv.clone(), state.ssm.clone()) for state in before.states]
-        self.replay: Call = capture(self._step) if context.is_cuda else self._step
-
-    @torch.inference_mode()
-    def _step(self) -> None:
-        logits, states = self.model.extend(self.tokens, self.states)
-        self.tokens.copy_(logits.argmax(-1))
-        for mine, after in zip(self.states, states, strict=True):
-            mine.conv.copy_(after.conv)
-            mine.ssm.copy_(after.ssm)
+def _captured(model: LanguageModel, tokens: Tensor) -> Callable[[int], Tensor]:
+    """Greedy decoding of n tokens after one pruned prefill, as users run it on a GPU."""
+    prefill = model.captured(*tokens.shape)
+    decoder = prefill.decoder()
+    before = prefill(tokens).clone()
+    return partial(decoder.generate, before.states, _most_likely(model, before.logits))
 
 
-def _repeat(call: Call, times: int) -> None:
-    for _ in range(times):
-        call()
+def _eager(model: LanguageModel, before: Output, n: int) -> Tensor:
+    """The same without graphs: (batch, n) tokens."""
+    chosen, states = [_most_likely(model, before.logits)], before.states
+    for _ in range(n):
+        logits, states = model.extend(chosen[-1], states)
+        chosen.append(_most_likely(model, logits))
+    return torch.cat(chosen[1:], dim=1)
+
+
+def _most_likely(model: LanguageModel, logits: Tensor) -> Tensor:
+    return logits[:, -1:, : model.config.vocab_size].argmax(-1)
 
 
 def _peer(case: DecodingCase, model: LanguageModel, tokens: Tensor) -> Timing:

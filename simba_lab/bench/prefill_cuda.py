@@ -18,6 +18,7 @@ from simba_lab.bench.ops import missing, peer_name
 from simba_lab.bench.session import Session
 from simba_lab.bench.timing import Call, Timing, capture, time_calls
 from simba_lab.model import LanguageModel, ModelConfig
+from simba_lab.model.captured import frozen_matrices
 from simba_lab.model.shapes import published_shape
 
 # Two bf16 models of the same weights drift apart by rounding, layer by layer; a wrong op is off by its whole size.
@@ -59,15 +60,15 @@ def published_cases() -> dict[str, PrefillCase]:
     return {case.what.replace(" x ", "x").replace(" ", ":"): case for case in cases}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_prefill(case: PrefillCase, session: Session) -> list[Line]:
     """Dense beside mamba-ssm, pruned beside what FLOPs promise, and the shares of scoring and selection."""
     model = models.ours(case.config, session.device, torch.bfloat16, session.seed, session.backend).eval()
     tokens = models.random_tokens(case.config, (case.batch, case.length), session.device, session.seed + 1)
     time = partial(_time, device=session.device, repeats=session.repeats)
-    dense = time(_replayed(model, tokens))
+    dense = time(_replayed(f"{case.what}, dense", model, tokens, session))
     lines = _dense_lines(case, model, tokens, dense, time, session)
-    return lines + list(_pruned_lines(case, model, tokens, dense, time, session.ceilings))
+    return lines + list(_pruned_lines(case, model, tokens, dense, time, session))
 
 
 def _dense_lines(
@@ -114,19 +115,21 @@ def _floor(case: PrefillCase, counts: Sequence[int], ceilings: Ceilings) -> Floo
 
 def _pruned_lines(
     case: PrefillCase, model: LanguageModel, tokens: Tensor, dense: Timing, time: Callable[[Call], Timing],
-    ceilings: Ceilings,
+    session: Session,
 ) -> Iterator[Line]:  # fmt: skip
     pruned = model.sparsified("global_impact", "linear", final_keep=FINAL_KEEP)
     recent = model.sparsified("recency", "linear", final_keep=FINAL_KEEP)
     counts = pruned.keep_counts(case.length)
-    impact, recency = time(_replayed(pruned, tokens)), time(_replayed(recent, tokens))
-    slicing = time(_graph(partial(_sliced, model, tokens, counts), model.device))
+    impact = time(_replayed(f"{case.what}, pruned", pruned, tokens, session))
+    recency = time(_replayed(f"{case.what}, pruned by recency", recent, tokens, session))
+    slicing = time(_free_choice(model, tokens, counts))
     promised = model.flops(case.length, 0).total / pruned.flops(case.length, 0).total
     speedup = dense.median / impact.median
     note = f"{speedup:.2f}x our dense, FLOPs promise {promised:.2f}x; free slicing {dense.median / slicing.median:.2f}x"
     yield timed(
-        f"{case.what}, pruned linearly to {FINAL_KEEP:.0%} by global impact", impact, _floor(case, counts, ceilings),
-        figure=speedup / promised, figure_kind="promise", target=case.promise, note=note,
+        f"{case.what}, pruned linearly to {FINAL_KEEP:.0%} by global impact", impact,
+        _floor(case, counts, session.ceilings), figure=speedup / promised, figure_kind="promise", target=case.promise,
+        note=note,
     )  # fmt: skip
     for part, without, target in (
         ("scoring", recency, case.scoring),
@@ -152,16 +155,24 @@ def _sliced(model: LanguageModel, tokens: Tensor, counts: Sequence[int]) -> Tens
     return model.lm_head(normed, backend)
 
 
-def _replayed(model: LanguageModel, tokens: Tensor) -> Call:
-    """Prefill as users run it: a captured graph on a CUDA device."""
+def _free_choice(model: LanguageModel, tokens: Tensor, counts: Sequence[int]) -> Call:
+    """:func:`_sliced`, captured on a CUDA device as prefill is: with A computed before, and kept for the graph."""
+    call = partial(_sliced, model, tokens, counts)
+    if model.device.type != "cuda":
+        return call
+    with frozen_matrices(model) as matrices:
+        replay = capture(call)
+    return lambda _matrices=matrices: replay()
+
+
+def _replayed(what: str, model: LanguageModel, tokens: Tensor, session: Session) -> Call:
+    """Prefill as users run it: a captured graph on a CUDA device, its logits compared with a plain call's first."""
     if model.device.type != "cuda":
         return lambda: model.prefill(tokens)
     captured = model.captured(*tokens.shape)
+    compared = {"the logits": captured(tokens).logits.clone()}, {"the logits": model.prefill(tokens).logits}
+    session.checks.append(require(f"{what}, captured against eager", *compared, _SAME_MODEL))
     return lambda: captured(tokens)
-
-
-def _graph(call: Call, device: torch.device) -> Call:
-    return capture(call) if device.type == "cuda" else call
 
 
 def _time(call: Call, device: torch.device, repeats: int) -> Timing:

@@ -11,6 +11,7 @@ from simba_lab.bench.lines import FIGURES
 from simba_lab.errors import InputError
 
 HEADINGS = ("measured", "ours", "peer", "figure", "target", "of the floor", "note")
+BEGIN, END = "<!-- bench table -->", "<!-- end of bench table -->"
 _MACHINE = ("gpu", "driver", "cuda", "torch", "triton", "mamba-ssm", "causal-conv1d")
 
 
@@ -35,6 +36,16 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     table = [HEADINGS, ("---",) * len(HEADINGS), *rows]
     body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     return "\n\n".join([*sources, "\n".join(body)]) + "\n"
+
+
+def insert(text: str, path: Path) -> None:
+    """Replaces what stands between the two markers in a file. Raises InputError if it lacks them."""
+    content = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+    before, start, rest = content.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise InputError(f"{path}: must hold the markers {BEGIN} and {END}, in this order")
+    Path(path).write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
 
 
 def source(result: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Iterator
@@ -121,6 +122,7 @@ def _ours(
     accelerator = "gpu" if session.device.type == "cuda" else "cpu"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about loader workers, loggers and batch sizes
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
         trainer = Trainer(
             accelerator=accelerator, devices=1, precision="bf16-mixed", max_steps=STEPS,
             callbacks=[clock], logger=False, enable_checkpointing=False, enable_progress_bar=False,

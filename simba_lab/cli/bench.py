@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,13 +91,18 @@ def _add_gpu(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--backend", default="triton", help="our kernels on the GPU (%(default)s)")
 
 
+def _add_table(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", type=Path, metavar="RESULT", help="what --json of a GPU bench wrote")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="put the table between the markers in FILE")
+
+
 _ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "cpu": _add_cpu,
     "prefill": _add_prefill,
     "kernels": lambda parser: _add_gpu(parser, "an op, e.g. scan (repeatable; all)"),
     "train": lambda parser: _add_gpu(parser, "a width: 256, 384, 512 or 768 (repeatable; all)"),
     "decode": lambda parser: _add_gpu(parser, "a published shape and a batch, e.g. 130m:64 (repeatable; all)"),
-    "table": lambda parser: parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="results"),
+    "table": _add_table,
 }
 
 
@@ -134,7 +139,8 @@ def _run_prefill(args: argparse.Namespace) -> dict[str, Any]:
     if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):
         from simba_lab.bench.prefill_cuda import measure_prefill, published_cases
 
-        return _gpu(args, lambda session: session.bench("prefill", _chosen(args, published_cases()), measure_prefill))
+        chosen = _chosen(args, published_cases())
+        return _gpu(args, lambda session: session.bench("prefill", [*chosen.values()], measure_prefill))
     if args.case:
         raise InputError("--case: published shapes need a CUDA device; on the CPU say --d-model, --length and so on")
     plan = Plan(shape=_shape(args), repeats=args.repeats)
@@ -150,28 +156,30 @@ def _run_prefill(args: argparse.Namespace) -> dict[str, Any]:
 def _run_kernels(args: argparse.Namespace) -> dict[str, Any]:
     from simba_lab.bench.kernels import SUITE, bench_kernels
 
-    return _gpu(args, lambda session: bench_kernels(session, _chosen(args, SUITE, named=True)))
+    chosen = _chosen(args, SUITE)
+    return _gpu(args, lambda session: bench_kernels(session, chosen))
 
 
 def _run_train(args: argparse.Namespace) -> dict[str, Any]:
     from simba_lab.bench.training import CASES, measure_training
 
-    return _gpu(args, lambda session: session.bench("train", _chosen(args, CASES), measure_training))
+    chosen = _chosen(args, CASES)
+    return _gpu(args, lambda session: session.bench("train", [*chosen.values()], measure_training))
 
 
 def _run_decode(args: argparse.Namespace) -> dict[str, Any]:
     from simba_lab.bench.decode import measure_decoding, published_cases
 
-    return _gpu(args, lambda session: session.bench("decode", _chosen(args, published_cases()), measure_decoding))
+    chosen = _chosen(args, published_cases())
+    return _gpu(args, lambda session: session.bench("decode", [*chosen.values()], measure_decoding))
 
 
-def _chosen(args: argparse.Namespace, cases: dict[str, Any], named: bool = False) -> Any:
-    """The cases asked for, all by default; as a list, or ``named`` as a table. Raises InputError for one not known."""
+def _chosen(args: argparse.Namespace, cases: Mapping[str, Any]) -> dict[str, Any]:
+    """The cases asked for, by default all. Raises InputError for one that is not known."""
     for name in args.case:
         if name not in cases:
             raise InputError(f"--case: {name!r} is unknown; use one of {', '.join(cases)}")
-    chosen = {name: case for name, case in cases.items() if not args.case or name in args.case}
-    return chosen if named else list(chosen.values())
+    return {name: case for name, case in cases.items() if not args.case or name in args.case}
 
 
 def _gpu(args: argparse.Namespace, measure: Callable[[Session], dict[str, Any]]) -> dict[str, Any]:
@@ -194,10 +202,13 @@ def _cuda_device(target: str) -> torch.device:
 
 
 def _run_table(args: argparse.Namespace) -> dict[str, Any]:
-    from simba_lab.bench.table import markdown, read
+    from simba_lab.bench.table import insert, markdown, read
 
     text = markdown(read(args.files))
-    print(text, end="")
+    if args.into is None:
+        print(text, end="")
+    else:
+        insert(text, args.into)
     return {"markdown": text}
 
 
