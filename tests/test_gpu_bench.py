@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ H200 = Ceilings(bytes=4.25e12, matrix_flops=7.8e14, flops=6.7e13, exps=16 * 132 
 TINY = ModelConfig(24, 3, 40)
 ROOT = Path(__file__).parents[1]
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _short_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The readable reference takes its time on the small model that is checked before anything is timed."""
+    monkeypatch.setattr(models, "_ODD_CONTEXT", 13)
 
 
 def session(backend: str = "reference") -> Session:
@@ -127,6 +134,9 @@ def test_the_peer_stands_beside_ours_and_a_wrong_one_gets_no_number() -> None:
         and line.figure is None
         and line.note == "thrice differs from ours by 5.0e-01 (allowed 2e-04)"
     )
+    breaks = dataclasses.replace(right, peer=Peer("brittle", call=lambda t: t["y"]))
+    line = measure(breaks, generator(), UNIT, repeats=5)[0]
+    assert line.ours > 0 and line.note == "brittle failed: KeyError: 'y'"
     missing = dataclasses.replace(right, peer=Peer("absent", missing="absent cannot be imported: so it is"))
     assert measure(missing, generator(), UNIT, repeats=5)[0].note == "absent cannot be imported: so it is"
 
@@ -138,10 +148,12 @@ def test_tokens_per_second_turn_times_round() -> None:
 
 
 def test_what_breaks_is_a_line_without_a_number() -> None:
-    def broken() -> list[Line]:
+    def broken() -> Iterator[Line]:
+        yield Line("before", ours=1.0)
         raise MemoryError("none left\nand more")
 
-    (line,) = attempt("thing", broken)
+    before, line = attempt("thing", broken)
+    assert before.ours == 1.0 and not before.failed
     assert line.failed and line.ours is None and line.note == "MemoryError: none left"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from simba_lab.bench import models
 from simba_lab.bench.checks import require
 from simba_lab.bench.floors import floor_of_sequence
-from simba_lab.bench.lines import Line, Target, throughput
+from simba_lab.bench.lines import Line, Target, or_reason, throughput
 from simba_lab.bench.model_work import decoding_work
 from simba_lab.bench.ops import missing, peer_name
 from simba_lab.bench.session import Session
@@ -64,7 +64,7 @@ def measure_decoding(case: DecodingCase, session: Session) -> list[Line]:
     ours = Timing(*(ms / GENERATED for ms in _spread(stretch)), stretch.repeats)
     least = floor_of_sequence(decoding_work(case.config, case.batch), session.ceilings)
     reason = missing("mamba_ssm.models.mixer_seq_simple", "mamba-ssm")
-    theirs = reason or _peer(case, model, tokens)
+    theirs = reason or or_reason("mamba-ssm", lambda: _peer(case, model, tokens))
     return [throughput(case.what, case.batch, ours, peer_name("mamba-ssm"), theirs, case.target, least)]
 
 

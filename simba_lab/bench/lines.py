@@ -91,19 +91,32 @@ def throughput(
 
 
 def attempt(what: str, measure: Callable[[], Iterable[Line]]) -> list[Line]:
-    """The lines of one measurement; if it breaks, one line that says how and has no number.
+    """The lines of one measurement; where it breaks, a last line that says how and has no number.
 
-    Whatever breaks here (a red check, memory, a compiler) must not cost the measurements after it; the command ends
+    Whatever breaks here (a red check, memory, a compiler) must not cost the measurements around it; the command ends
     with a non-zero exit code.
     """
+    lines: list[Line] = []
     try:
-        return list(measure())
+        for line in measure():
+            lines.append(line)  # one by one: those before a failure stay
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return [Line(what, note=f"{type(error).__name__}: {first}", failed=True)]
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        lines.append(Line(what, note=_said(error), failed=True))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return lines
+
+
+def or_reason(peer: str, measure: Callable[[], Timing]) -> Timing | str:
+    """A peer's time, or what it broke with: that must not cost our own."""
+    try:
+        return measure()
+    except Exception as error:
+        return f"{peer} failed: {_said(error)}"
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def result(bench: str, lines: Iterable[Line], checks: list[dict[str, Any]], **facts: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from simba_lab.bench import models
 from simba_lab.bench.checks import require
 from simba_lab.bench.floors import Ceilings, Floor, floor_of_sequence
-from simba_lab.bench.lines import Line, Target, beside, timed
+from simba_lab.bench.lines import Line, Target, beside, or_reason, timed
 from simba_lab.bench.model_work import prefill_work
 from simba_lab.bench.ops import missing, peer_name
 from simba_lab.bench.session import Session
@@ -61,39 +61,34 @@ def published_cases() -> dict[str, PrefillCase]:
 
 
 @torch.no_grad()
-def measure_prefill(case: PrefillCase, session: Session) -> list[Line]:
+def measure_prefill(case: PrefillCase, session: Session) -> Iterator[Line]:
     """Dense beside mamba-ssm, pruned beside what FLOPs promise, and the shares of scoring and selection."""
     model = models.ours(case.config, session.device, torch.bfloat16, session.seed, session.backend).eval()
     tokens = models.random_tokens(case.config, (case.batch, case.length), session.device, session.seed + 1)
     time = partial(_time, device=session.device, repeats=session.repeats)
     dense = time(_replayed(f"{case.what}, dense", model, tokens, session))
-    lines = _dense_lines(case, model, tokens, dense, time, session)
-    return lines + list(_pruned_lines(case, model, tokens, dense, time, session))
+    yield from _dense_lines(case, model, tokens, dense, time, session)
+    yield from _pruned_lines(case, model, tokens, dense, time, session)
 
 
 def _dense_lines(
     case: PrefillCase, model: LanguageModel, tokens: Tensor, dense: Timing, time: Callable[[Call], Timing],
     session: Session,
-) -> list[Line]:  # fmt: skip
+) -> Iterator[Line]:  # fmt: skip
     """Ours beside mamba-ssm's backbone as its users call it, and beside that captured as ours is."""
     name, least = peer_name("mamba-ssm"), _floor(case, [case.length] * case.config.n_layer, session.ceilings)
     what = f"{case.what}, dense"
-    peer, reason = _peer(case.config, model)
-    if peer is None:
-        return [beside(what, dense, name, reason, case.dense, least)]
-    session.checks.append(_same_model(case, model, peer, tokens))
-    forward = partial(peer.backbone, tokens)
-    lines = [beside(what, dense, name, time(forward), case.dense, least)]
-    if model.device.type == "cuda":
-        lines.append(beside(f"{what}, the peer captured too", dense, name, time(capture(forward))))
-    return lines
-
-
-def _peer(config: ModelConfig, model: LanguageModel) -> tuple[nn.Module | None, str | None]:
     reason = missing("mamba_ssm.models.mixer_seq_simple", "mamba-ssm")
     if reason is not None:
-        return None, reason
-    return models.same_weights(models.mamba_ssm(config, model.device, torch.bfloat16), model).eval(), None
+        yield beside(what, dense, name, reason, case.dense, least)
+        return
+    peer = models.same_weights(models.mamba_ssm(case.config, model.device, torch.bfloat16), model).eval()
+    session.checks.append(_same_model(case, model, peer, tokens))
+    forward = partial(peer.backbone, tokens)
+    yield beside(what, dense, name, or_reason(name, lambda: time(forward)), case.dense, least)
+    if model.device.type == "cuda":
+        graph = or_reason(name, lambda: time(capture(forward)))
+        yield beside(f"{what}, the peer captured too", dense, name, graph)
 
 
 def _same_model(case: PrefillCase, model: LanguageModel, peer: nn.Module, tokens: Tensor) -> dict[str, object]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simba_lab.bench.checks import ALLOWED, poisoned_memory, relative_norm, require
 from simba_lab.bench.floors import Ceilings, Work, floor
-from simba_lab.bench.lines import Line, Target, beside, timed
+from simba_lab.bench.lines import Line, Target, beside, or_reason, timed
 from simba_lab.bench.timing import Call, Timing, inputs_needed, time_calls
 
 Tensors = dict[str, Tensor]
@@ -111,7 +111,7 @@ def _line(
     least = floor(work, ceilings)
     if subject.peer is None:
         return timed(what, ours, least)
-    theirs = _peer_time(subject, sets, device, repeats, backward)
+    theirs = or_reason(subject.peer.name, lambda: _peer_time(subject, sets, device, repeats, backward))
     return beside(what, ours, subject.peer.name, theirs, subject.targets[int(backward)], least)
 
 

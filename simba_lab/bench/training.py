@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from simba_lab.bench import models
 from simba_lab.bench.floors import floor_of_sequence
-from simba_lab.bench.lines import Line, Target, throughput
+from simba_lab.bench.lines import Line, Target, or_reason, throughput
 from simba_lab.bench.model_work import training_work
 from simba_lab.bench.ops import missing, peer_name
 from simba_lab.bench.session import Session
@@ -87,7 +87,7 @@ def measure_training(case: TrainingCase, session: Session) -> Iterator[Line]:
     tokens, batches = case.batch * case.length, _batches(case, session.seed)
     dense, loss = _ours(case, batches, session, None)
     reason = missing("mamba_ssm.models.mixer_seq_simple", "mamba-ssm")
-    theirs = reason or _peer(case, batches, session.device)
+    theirs = reason or or_reason("mamba-ssm", lambda: _peer(case, batches, session.device))
     least = floor_of_sequence(training_work(case.config, case.batch, case.length), session.ceilings)
     line = throughput(f"training, {case.what}, dense", tokens, dense, peer_name("mamba-ssm"), theirs, case.dense, least)
     yield replace(line, note=line.note or f"loss {loss:.2f} after {STEPS} steps on random tokens")

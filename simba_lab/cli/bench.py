@@ -183,10 +183,12 @@ def _chosen(args: argparse.Namespace, cases: Mapping[str, Any]) -> dict[str, Any
 
 
 def _gpu(args: argparse.Namespace, measure: Callable[[Session], dict[str, Any]]) -> dict[str, Any]:
-    """A bench on the CUDA device, its table printed. Raises InputError without one."""
+    """A bench on the CUDA device, its table printed. Raises InputError without one or for a backend that cannot run."""
     device = _cuda_device(args.target)
     from simba_lab.bench.session import Session
+    from simba_lab.kernels import resolve
 
+    resolve(args.backend, device.type)
     seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
     result = with_progress(lambda show: measure(Session(device, seed, args.backend, show)))
     console().print(gpu_table(result))
