@@ -16,7 +16,9 @@ settings.load_profile("same-examples-every-run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Under pytest-xdist the workers share the cores instead of each taking all of them."""
+    """Under pytest-xdist the workers share the cores; without a CUDA device Triton's kernels run in its interpreter."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 

@@ -47,7 +47,8 @@ HEAVY = ("triton", "mamba_ssm", "causal_conv1d", "numba", "lm_eval", "datasets",
 # import them before they are used.
 CPU = ROOT / "kernels" / "cpu"
 NUMBA_KERNELS = {*CPU.glob("*.py")} - {CPU / "__init__.py", CPU / "dense.py", CPU / "mamba2.py"}
-BOUND = NUMBA_KERNELS | {ROOT / "evaluate" / "harness.py"}
+TRITON_KERNELS = {*(ROOT / "kernels" / "gpu").glob("*.py")}
+BOUND = NUMBA_KERNELS | TRITON_KERNELS | {ROOT / "evaluate" / "harness.py"}
 MAX_LINES = 400
 DRAWERS = {"utils", "util", "common", "helpers", "helper", "misc"}
 

@@ -23,7 +23,7 @@ LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 127)
 CHANNELS = (1, 5, 31, 33, 63, 64, 65, 97, 128)
 # Largest error allowed, relative to the largest entry of the tensor.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
-WIDE = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
+WIDE = {torch.float64: torch.float64} | dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float32)
 
 
 def inputs(batch: int, length: int, channels: int, states: int = 4, dtype: torch.dtype = torch.float64) -> dict:

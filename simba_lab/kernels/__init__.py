@@ -38,6 +38,14 @@ def _reference_reason(device: str) -> str | None:
     return None
 
 
+def _triton_reason(device: str) -> str | None:
+    if device != "cuda":
+        return f"compiles for CUDA devices, not for {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; it comes with the CUDA build of torch"
+    return None
+
+
 def _numba_reason(device: str) -> str | None:
     if device not in ("cpu", "meta"):
         return f"compiles for CPUs, not for {device}"
@@ -48,6 +56,7 @@ def _numba_reason(device: str) -> str | None:
 
 # Name -> (module with the ops, why it cannot run on a device or None). Fastest first: ``auto`` takes the first usable.
 _BACKENDS: dict[str, tuple[str, Callable[[str], str | None]]] = {
+    "triton": ("simba_lab.kernels.gpu", _triton_reason),
     "numba": ("simba_lab.kernels.cpu", _numba_reason),
     "reference": ("simba_lab.kernels.reference", _reference_reason),
 }
