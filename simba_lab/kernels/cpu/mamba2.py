@@ -8,9 +8,9 @@ from torch import Tensor
 from simba_lab.kernels import reference
 from simba_lab.kernels.cpu.dense import rows, use_torch_threads
 
-CHUNK = 64
+CHUNK = 128
 """Most tokens in a chunk: decays cost as much per token and head, products between chunks 2 N P. Of 32, 64, 128 and
-256 the fastest for P = 64 and N = 128 on two cores of an AMD EPYC."""
+256 the fastest for P = 64 and N = 128 on a core of an AMD EPYC."""
 
 
 @torch.library.custom_op("simba_lab::ssd", mutates_args=(), device_types="cpu")
