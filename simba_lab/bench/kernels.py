@@ -60,7 +60,7 @@ def bench_kernels(session: Session, suite: Mapping[str, Entry], odd: Size = ODD)
         lines += red
         for subject in [] if red else subjects:
             session.progress(subject.what)
-            lines += attempt(subject.what, partial(measure, subject, generator, ceilings, 2 * session.repeats))
+            lines += attempt(subject.what, partial(measure, subject, generator, ceilings, 3 * session.repeats))
     return result("kernels", lines, session.checks, backend=backend.name, seed=session.seed, ceilings=ceilings)
 
 

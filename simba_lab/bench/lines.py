@@ -13,7 +13,7 @@ import torch
 
 from simba_lab.bench.floors import Ceilings, Floor, ask_driver
 from simba_lab.bench.machine import describe
-from simba_lab.bench.timing import Timing
+from simba_lab.bench.timing import Timing, free_memory
 
 # How a figure reads: a ratio of speeds, a share of a time, or a share of what FLOPs promise.
 FIGURES = {"speed": "{:.2f}x", "share": "{:.1%}", "promise": "{:.2f} of FLOPs"}
@@ -102,8 +102,7 @@ def attempt(what: str, measure: Callable[[], Iterable[Line]]) -> list[Line]:
             lines.append(line)  # one by one: those before a failure stay
     except Exception as error:
         lines.append(Line(what, note=_said(error), failed=True))
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     return lines
 
 

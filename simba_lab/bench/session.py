@@ -34,7 +34,7 @@ class Session:
     seed: int
     backend: str
     progress: Callable[[str], None]
-    repeats: int = 15
+    repeats: int = 9
     given_ceilings: Ceilings | None = None
     checks: list[dict[str, Any]] = field(default_factory=list)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,13 @@ def time_calls(calls: Sequence[Call], device: torch.device, repeats: int, queued
     lead = _seconds_to_queue(calls)
     batches = (order[start : start + _QUEUED] for start in range(0, repeats, _QUEUED))
     return Timing.of([taken for batch in batches for taken in _between_events(batch, lead * len(batch))])
+
+
+def free_memory() -> None:
+    """Give back what earlier measurements held; a trainer and its module hold each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def inputs_needed(bytes_per_call: int, device: torch.device) -> int:

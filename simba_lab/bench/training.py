@@ -21,7 +21,7 @@ from simba_lab.bench.lines import Line, Target, or_reason, throughput
 from simba_lab.bench.model_work import training_work
 from simba_lab.bench.ops import missing, peer_name
 from simba_lab.bench.session import Session
-from simba_lab.bench.timing import Timing
+from simba_lab.bench.timing import Timing, free_memory
 from simba_lab.model import ModelConfig
 from simba_lab.training.module import LanguageModeling, PartSpec, PrunedTraining
 
@@ -117,6 +117,7 @@ def _ours(
     case: TrainingCase, batches: list[dict[str, Tensor]], session: Session, pruning: PrunedTraining | None
 ) -> tuple[Timing, float]:
     """Time of a step under Lightning's Trainer, as ``simba-lab fit`` runs it but for loggers and checkpoints."""
+    free_memory()
     clock = StretchClock(session.device)
     module = LanguageModeling(case.config, pruning, session.backend, session.seed, learning_rate=_LEARNING_RATE)
     accelerator = "gpu" if session.device.type == "cuda" else "cpu"
@@ -134,6 +135,7 @@ def _ours(
 
 def _peer(case: TrainingCase, batches: list[dict[str, Tensor]], device: torch.device) -> Timing:
     """Time of a step of mamba-ssm's model in a plain loop: bf16 autocast, fused AdamW."""
+    free_memory()
     model = models.mamba_ssm(case.config, device, torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, fused=device.type == "cuda")
     clock = StretchClock(device)
