@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from simba_lab.checkpoint.casting import cast
 from simba_lab.errors import InputError
 from simba_lab.model import LanguageModel, ModelConfig
 from simba_lab.pruning import PruningPlan
@@ -51,8 +52,7 @@ def assemble(stored: Stored, backend: str, dtype: torch.dtype | None) -> Languag
         _drop_tied_head(stored)
     _check(model, stored)
     if dtype is not None:
-        for name in stored.weights:
-            stored.weights[name] = stored.weights[name].to(dtype)
+        cast(stored.weights, dtype)
     _check_residual(stored)
     model.load_state_dict(stored.weights, strict=False, assign=True)
     if stored.config.tie_embeddings:
