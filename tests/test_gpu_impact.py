@@ -17,7 +17,7 @@ from simba_lab.kernels.gpu import impact  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Largest error allowed, in the norm of all scores. The design asks for 1e-4 in fp32 and 1e-2 in half precision.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-4, torch.float16: 5e-4}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 # (batch, length, channels, states)
 SHAPES = (
     (1, 1, 1, 1), (3, 2, 5, 3), (2, 17, 24, 4), (1, 63, 40, 16), (2, 64, 5, 4), (1, 65, 72, 3), (1, 130, 24, 16),
@@ -145,7 +145,7 @@ def test_nan_is_not_hidden(reduce: str, dtype: torch.dtype) -> None:
 def test_series_is_used_away_from_the_boundary_and_exponentials_beside_it() -> None:
     s = signals(1, 200, 24, 16, torch.bfloat16)
     series, exponentials = by_kernel(s, "l2"), by_kernel(s, "l2", series=False)
-    assert error(series, exact(s, "l2")) <= 1e-4 and error(exponentials, exact(s, "l2")) <= 1e-5
+    assert error(series, exact(s, "l2")) <= 3e-5 and error(exponentials, exact(s, "l2")) <= 1e-5
     # Far tokens differ in the last bits only because they were computed in another way.
     assert not torch.equal(series[:, :72], exponentials[:, :72])
     s["dt_bias"].fill_(-2.0)
@@ -168,15 +168,18 @@ def test_series_error_stays_below_the_stated_bound(rate: float) -> None:
     assert (decay - truth)[0, :64].abs().max() <= 4e-4
 
 
-def test_stretches_of_a_sequence_fit_together(monkeypatch: pytest.MonkeyPatch, nan_memory: None) -> None:
-    s = signals(1, 330, 24, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stretches_of_a_sequence_fit_together(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, nan_memory: None
+) -> None:
+    s = signals(1, 330, 24, 3, dtype)
     cut = {}
     for programs in (1, 2, 128):
         monkeypatch.setattr(impact, "PROGRAMS", programs)
         cut[impact._stretches(330, 24)] = impact.global_impact(**s)
     assert sorted(cut) == [(1, 6), (2, 3), (6, 1)]
     for scores in cut.values():
-        assert error(scores, exact(s)) <= 1e-5
+        assert error(scores, exact(s)) <= TOLERANCE[dtype]
 
 
 def test_inputs_of_any_stride_and_no_tokens() -> None:

@@ -11,11 +11,11 @@ replaced, chunk by chunk, by their Taylor series around S_mid, the middle of the
     sum_n w_t[n] exp(A_n S_t) = sum_k u^k sum_n w_t[n] (A_n^k / k! exp(A_n S_mid)),   w_t[n] = C_b[n] B_t[n]
 
 whose inner sums are matrix products (tokens x states) (states x channels). A fast state has vanished before its series
-fails: cut off after u^5, the error relative to a decay of 1 depends for *any* rate A_n on the chunk's share q of the sum
-at its middle alone, total / S_mid. It is at most 4.2e-4 for q = ``MAX_SHARE`` and 5.5e-6 for half of that; with equal
-steps the chunk next but one to the boundary has q = 0.4. Chunks with a larger share, like that next to the boundary,
-and all of fp32 input take the exponentials. The choice looks at steps and rates of one strip of one sequence only, so
-that no other sequence of a batch can change a score.
+fails: cut off after u^5, the error relative to a decay of 1 depends, for *any* rate A_n, only on the chunk's share q of
+the sum at its middle, total / S_mid. It is at most 4.2e-4 for q = ``MAX_SHARE`` and 5.5e-6 for half of that; with equal
+steps the second chunk from the boundary has q = 2 / 3, the third 0.4. Chunks with a larger share, like that next to the
+boundary, and all of fp32 input take the exponentials. The choice looks at one strip of one sequence only, so that
+no other sequence of a batch can change a score.
 """
 
 from __future__ import annotations
@@ -231,6 +231,8 @@ def walk_chunks(
         raw = tl.load(dt + place[:, None] * dt_token + column[None, :], mask=inside, other=0)
         x_t = tl.load(x + place[:, None] * x_token + column[None, :], mask=inside, other=0)
         delta = _steps(raw, bias, SERIES, FAST)
+        if SERIES:
+            delta = pin(delta, CHUNK, STRIP)  # wanted in two layouts: its softplus must not be computed in both
         drive = x_t.to(tl.float32) * delta
         total = tl.sum(delta, 0)
         B_at = batch * B_batch + place * B_token
