@@ -212,7 +212,7 @@ def walk_chunks(
         known = (n < N)[:, None] & live[None, :]
         rates = tl.load(A + channel[None, :] * N + n[:, None], mask=known, other=float("-inf")).to(tl.float32)
         slowest = tl.where(live, tl.max(rates, 0), 0.0)
-        rates = pin(tl.where(known, rates, slowest[None, :]), STATES, STRIP)
+        rates = tl.where(known, rates, slowest[None, :])
         fastest = tl.min(rates, 0)
         # Row t holds 1 for every later token of the chunk: sums of steps are a matrix product too.
         triangle = (tl.arange(0, CHUNK)[:, None] < tl.arange(0, CHUNK)[None, :]).to(tl.float16)
@@ -231,7 +231,7 @@ def walk_chunks(
         raw = tl.load(dt + place[:, None] * dt_token + column[None, :], mask=inside, other=0)
         x_t = tl.load(x + place[:, None] * x_token + column[None, :], mask=inside, other=0)
         delta = _steps(raw, bias, SERIES, FAST)
-        if SERIES:
+        if SERIES and FAST:
             delta = pin(delta, CHUNK, STRIP)  # wanted in two layouts: its softplus must not be computed in both
         drive = x_t.to(tl.float32) * delta
         total = tl.sum(delta, 0)
