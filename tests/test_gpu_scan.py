@@ -68,6 +68,25 @@ def test_segments_of_the_backward_pass_do_not_show(
     compare(arguments(1, 2 * scan.WINDOW + 3, 5, 3, torch.float32), TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize(("whole", "parts"), [(0, 2), (1, 3), (5, 2)])
+def test_segments_of_the_forward_pass_do_not_show(
+    whole: int, parts: int, nan_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit: three sequences of two blocks of channels, of which the first ``whole`` are not cut."""
+    given = arguments(3, 2 * scan.WINDOW + 3, 9, 3, torch.float32)
+    monkeypatch.setattr(launch, "forward_split", lambda programs, windows, device: (programs, 1))
+    uncut = scan._scan(*given.values(), True)
+    monkeypatch.setattr(launch, "forward_split", lambda programs, windows, device: (whole, parts))
+    for mine, theirs in zip(scan._scan(*given.values(), True), uncut, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_only_a_partly_filled_round_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_schedulers", lambda device: 528)
+    split = [launch.forward_split(programs, 256, torch.device("cpu")) for programs in (192, 528, 640, 1000, 1536, 5120)]
+    assert split == [(0, 2), (528, 1), (528, 4), (1000, 1), (1536, 1), (5120, 1)]
+
+
 def test_it_continues_from_a_state() -> None:
     given = arguments(2, 11, 5, 4, torch.float32)
     whole, final = scan.selective_scan(**given)

@@ -58,7 +58,7 @@ def outputs_and_gradients(op: Callable, arguments: dict[str, Tensor]) -> dict[st
     leaves = {name: value.detach().requires_grad_() for name, value in arguments.items()}
     out, last = op(**leaves)
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (out, last)]
+    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (out, last)]
     loss = (out * weights[0]).sum() + (last * weights[1]).sum()
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     named = {f"gradient of {name}": value for name, value in zip(leaves, gradients, strict=True)}

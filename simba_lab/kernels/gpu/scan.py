@@ -9,7 +9,7 @@ from torch import Tensor
 from simba_lab.errors import InputError
 from simba_lab.kernels.gpu import launch
 from simba_lab.kernels.gpu.scan_backward import scan_backward, scan_carry
-from simba_lab.kernels.gpu.scan_forward import scan_forward
+from simba_lab.kernels.gpu.scan_forward import scan_forward, scan_states
 
 STEPS = 8
 WINDOW = 64
@@ -45,16 +45,39 @@ def _scan(
     x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
     initial: Tensor | None, keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    batch, length, channels = x.shape
+    (batch, length, channels), (n, states) = x.shape, (A.shape[1], triton.next_power_of_2(A.shape[1]))
     out, final, starts = _empty_outputs(x, A, keep_states)
-    scan_forward[(triton.cdiv(channels, launch.BLOCK), batch)](
-        x, dt, z, B, C, dt_bias, A, D, initial, out, final, starts,
-        length, channels, x.stride(0), x.stride(1), dt.stride(0), dt.stride(1), z.stride(0), z.stride(1),
-        B.stride(0), B.stride(1), C.stride(0), C.stride(1),
-        N=A.shape[1], STATES=triton.next_power_of_2(A.shape[1]), BLOCK=launch.BLOCK, EVERY=WINDOW if keep_states else 0,
-        INITIAL=initial is not None, FAST=launch.on_gpu(x), PAIRED=_paired(B, C), STAGES=launch.STAGES,
-        num_warps=1,
-    )  # fmt: skip
+    fixed = {
+        "N": n, "STATES": states, "BLOCK": launch.BLOCK, "INITIAL": initial is not None, "FAST": launch.on_gpu(x),
+        "PAIRED": _paired(B, C), "STAGES": launch.STAGES, "num_warps": 1,
+    }  # fmt: skip
+
+    def scan(first: int, programs: int, span: int, segments: int, boundaries: Tensor | None) -> None:
+        scan_forward[(programs, segments)](
+            x, dt, z, B, C, dt_bias, A, D, initial, boundaries, out, final, starts,
+            length, channels, x.stride(0), x.stride(1), dt.stride(0), dt.stride(1), z.stride(0), z.stride(1),
+            B.stride(0), B.stride(1), C.stride(0), C.stride(1), first, span, segments,
+            EVERY=WINDOW if keep_states else 0, SPLIT=segments > 1, **fixed,
+        )  # fmt: skip
+
+    programs = batch * triton.cdiv(channels, launch.BLOCK)
+    whole, segments = launch.forward_split(programs, length // WINDOW, x.device)
+    if segments == 1:
+        scan(0, programs, length, 1, None)
+        return out, final, starts
+    span = triton.cdiv(length, segments * WINDOW) * WINDOW
+    segments = triton.cdiv(length, span)
+    boundaries = torch.empty(programs - whole, segments - 1, launch.BLOCK, states, dtype=torch.float32, device=x.device)
+
+    def rest() -> None:
+        scan_states[(programs - whole,)](
+            x, dt, B, dt_bias, A, initial, boundaries,
+            length, channels, x.stride(0), x.stride(1), dt.stride(0), dt.stride(1), B.stride(0), B.stride(1),
+            whole, span, segments, **fixed,
+        )  # fmt: skip
+        scan(whole, programs - whole, span, segments, boundaries)
+
+    launch.side_by_side(rest, lambda: scan(0, whole, length, 1, None) if whole else None, x.device)
     return out, final, starts
 
 

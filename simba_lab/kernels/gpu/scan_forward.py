@@ -42,26 +42,88 @@ def _widen(words, STATES: tl.constexpr):
 
 
 @triton.jit
-def scan_forward(
-    x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, dt_bias_ptr, A_ptr, D_ptr, initial_ptr, out_ptr, final_ptr, starts_ptr,
-    length, channels, sxb, sxl, sdb, sdl, szb, szl, sBb, sBl, sCb, sCl,
-    N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, EVERY: tl.constexpr, INITIAL: tl.constexpr,
-    FAST: tl.constexpr, PAIRED: tl.constexpr, STAGES: tl.constexpr,
+def _states_at(ptr, part, d, n, channels, N: tl.constexpr):
+    """Addresses (BLOCK, STATES) of the states of one sequence, or of one part of it, in a tensor (parts, D, N)."""
+    return ptr + (part.to(tl.int64) * channels + d[:, None]) * N + n[None, :]
+
+
+@triton.jit
+def scan_states(
+    x_ptr, dt_ptr, B_ptr, dt_bias_ptr, A_ptr, initial_ptr, boundaries_ptr,
+    length, channels, sxb, sxl, sdb, sdl, sBb, sBl, first, span, segments,
+    N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, INITIAL: tl.constexpr, FAST: tl.constexpr,
+    PAIRED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gated output (B, L, D) and final state (B, D, N); states at every EVERY-th step (B, L/EVERY, D, N) unless 0."""
-    batch = tl.program_id(1).to(tl.int64)
-    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """States at the ends of all segments of ``span`` steps but the last: (blocks - first, segments - 1, BLOCK, STATES).
+
+    The recurrence of :func:`scan_forward` in the same order, so that its results do not depend on the split.
+    """
+    blocks = tl.cdiv(channels, BLOCK)
+    batch = (first + tl.program_id(0)) // blocks
+    d = (first + tl.program_id(0)) % blocks * BLOCK + tl.arange(0, BLOCK)
+    n = tl.arange(0, STATES)
+    live = d < channels
+    cell = live[:, None] & (n[None, :] < N)
+    dt_bias = tl.load(dt_bias_ptr + d, live, 0.0).to(tl.float32)
+    A = tl.load(A_ptr + d[:, None] * N + n[None, :], cell, 0.0).to(tl.float32) * LOG2E
+    if INITIAL:
+        h = tl.load(_states_at(initial_ptr, batch, d, n, channels, N), cell, 0.0).to(tl.float32)
+    else:
+        h = tl.zeros((BLOCK, STATES), tl.float32)
+    x_ptr += batch.to(tl.int64) * sxb + d[None, :]
+    dt_ptr += batch.to(tl.int64) * sdb + d[None, :]
+    B_ptr += batch.to(tl.int64) * sBb
+    steps = tl.arange(0, STEPS)
+    cells = tl.arange(0, BLOCK)[:, None] * STATES + n[None, :]
+    boundaries_ptr += tl.program_id(0) * (segments - 1) * BLOCK * STATES + cells
+    for t0 in tl.range(0, span * (segments - 1), STEPS, num_stages=STAGES):
+        t = t0 + steps
+        inside = (t < length)[:, None] & live[None, :]
+        row = t[:, None].to(tl.int64)
+        x = tl.load(x_ptr + row * sxl, inside, 0.0).to(tl.float32)
+        dt = tl.load(dt_ptr + row * sdl, inside, 0.0).to(tl.float32)
+        b_rows = vectors(B_ptr, row, sBl, t < length, N, STATES, PAIRED)
+        delta = tl.where(inside, softplus(dt + dt_bias[None, :], FAST), 0.0)
+        sizes = unstack(pin(delta, STEPS, BLOCK), BLOCK)
+        drives = unstack(pin(delta * x, STEPS, BLOCK), BLOCK)
+        for i in tl.static_range(STEPS):
+            h = exp2(sizes[i][:, None] * A, FAST) * h + drives[i][:, None] * b_rows[i][None, :]
+        if (t0 + STEPS) % span == 0:
+            tl.store(boundaries_ptr, h)
+            boundaries_ptr += BLOCK * STATES
+
+
+@triton.jit
+def scan_forward(
+    x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, dt_bias_ptr, A_ptr, D_ptr, initial_ptr, boundaries_ptr, out_ptr, final_ptr,
+    starts_ptr, length, channels, sxb, sxl, sdb, sdl, szb, szl, sBb, sBl, sCb, sCl, first, span, segments,
+    N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, EVERY: tl.constexpr, INITIAL: tl.constexpr,
+    SPLIT: tl.constexpr, FAST: tl.constexpr, PAIRED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gated output (B, L, D) and final state (B, D, N); states at every EVERY-th step (B, L/EVERY, D, N) unless 0.
+
+    A program does one segment of ``span`` steps of one block of channels of one sequence; blocks are counted over all
+    sequences, from ``first``. The states at the starts of later segments are :func:`scan_states`'.
+    """
+    blocks = tl.cdiv(channels, BLOCK)
+    batch = ((first + tl.program_id(0)) // blocks).to(tl.int64)
+    d = (first + tl.program_id(0)) % blocks * BLOCK + tl.arange(0, BLOCK)
+    segment = tl.program_id(1)
+    begin, end = segment * span, tl.minimum(segment * span + span, length)
     n = tl.arange(0, STATES)
     live = d < channels
     cell = live[:, None] & (n[None, :] < N)
     dt_bias = tl.load(dt_bias_ptr + d, live, 0.0).to(tl.float32)
     skip = tl.load(D_ptr + d, live, 0.0).to(tl.float32)
     A = tl.load(A_ptr + d[:, None] * N + n[None, :], cell, 0.0).to(tl.float32) * LOG2E
-    states = (batch * channels + d[:, None]) * N + n[None, :]
     if INITIAL:
-        h = tl.load(initial_ptr + states, cell, 0.0).to(tl.float32)
+        h = tl.load(_states_at(initial_ptr, batch, d, n, channels, N), cell & (segment == 0), 0.0).to(tl.float32)
     else:
         h = tl.zeros((BLOCK, STATES), tl.float32)
+    if SPLIT:
+        part = tl.program_id(0) * (segments - 1) + segment - 1
+        cells = (part * BLOCK + tl.arange(0, BLOCK))[:, None] * STATES + n[None, :]
+        h += tl.load(boundaries_ptr + cells, cell & (segment > 0), 0.0)
     x_ptr += batch * sxb + d[None, :]
     dt_ptr += batch * sdb + d[None, :]
     z_ptr += batch * szb + d[None, :]
@@ -70,8 +132,8 @@ def scan_forward(
     B_ptr += batch * sBb
     C_ptr += batch * sCb
     if EVERY > 0:
-        starts_ptr += (batch * tl.cdiv(length, EVERY) * channels + d[:, None]) * N + n[None, :]
-    for t0 in tl.range(0, length, STEPS, num_stages=STAGES):
+        starts_ptr = _states_at(starts_ptr, batch * tl.cdiv(length, EVERY) + begin // EVERY, d, n, channels, N)
+    for t0 in tl.range(begin, end, STEPS, num_stages=STAGES):
         if EVERY > 0:
             if t0 % EVERY == 0:
                 tl.store(starts_ptr, h, cell)
@@ -93,4 +155,4 @@ def scan_forward(
             ys = ys + (tl.sum(h * c_rows[i][None, :], 1),)
         y = (pin(stack(ys, BLOCK), STEPS, BLOCK) + skip[None, :] * x) * z * sigmoid(z, FAST)
         tl.store(out_ptr + row * channels, y.to(out_ptr.dtype.element_ty), inside)
-    tl.store(final_ptr + states, h, cell)
+    tl.store(_states_at(final_ptr, batch, d, n, channels, N), h, cell & (end == length))
