@@ -64,7 +64,7 @@ lock: check-python  ## resolve pyproject.toml afresh and pin the outcome in requ
 	.lock-venv/bin/python -m pip install --editable '.[dev]'
 	{ sed -n '/^#/p' requirements.lock; \
 	  .lock-venv/bin/python -m pip freeze --all --exclude pip --exclude simba-lab \
-	  | sed 's/+[a-z0-9.]*$$//' | grep -viE '^(nvidia-|cuda-|triton)'; } > requirements.lock.new
+	  | sed 's/+[a-z0-9.]*$$//' | sed 's/^triton==.*/& ; platform_system == "Linux"/' | grep -viE '^(nvidia-|cuda-)'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 	rm -rf .lock-venv
 

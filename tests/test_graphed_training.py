@@ -25,7 +25,7 @@ from simba_lab.data import RecallData
 from simba_lab.errors import InputError
 from simba_lab.kernels.cost import Ledger
 from simba_lab.model import ModelConfig
-from simba_lab.pruning import Criterion, Signals
+from simba_lab.pruning import Criterion, ScoredShape, Signals
 from simba_lab.training import LanguageModeling, PrunedTraining, graphs
 from simba_lab.training.graphs import Step, refusal
 from simba_lab.training.loss import TokenLoss
@@ -255,6 +255,9 @@ class Waits(Criterion):
 
     def score(self, signals: Signals) -> Tensor:
         return signals.positions.float() * float(signals.x.detach().abs().sum() > -1)
+
+    def flops(self, shape: ScoredShape) -> int:
+        return 0
 
 
 GPU = {"accelerator": "gpu", "devices": 1}
