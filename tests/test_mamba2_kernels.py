@@ -152,6 +152,16 @@ def test_extreme_steps_keep_their_digits(compiled, nan_memory, step: float) -> N
     assert ((got - exact).abs()[clear] <= 2e-4 * exact.abs()[clear]).all()
 
 
+def test_small_steps_behind_large_ones_keep_their_digits(compiled, nan_memory) -> None:
+    """Running sums of the decay reach -5000 inside a chunk; their differences behind it are near 0."""
+    arguments = inputs(90, 3, 8, 1, 16, dtype=torch.float32)
+    arguments["dt"] = torch.cat([torch.full((2, 40, 3), 8.0), torch.full((2, 50, 3), -4.0)], dim=1)
+    arguments["dt_bias"], arguments["A"] = torch.zeros(3), torch.full((3,), -16.0)
+    small = {name: value[:, 40:] if name in PER_TOKEN else value for name, value in arguments.items()}
+    _, arguments["initial"] = cpu.ssd(**small)
+    compare(arguments, 5e-6)
+
+
 @BACKENDS
 def test_no_output_sees_a_later_token(backend: ModuleType) -> None:
     """Bit for bit, on both sides of chunk boundaries (every 16 tokens, the last chunk short)."""

@@ -121,7 +121,8 @@ def _chunk_gradients(
     """Gradients of delta x, of delta A (B, q, H), of the state before the chunk, of B and of C (B, q, G, N).
 
     The gradient of delta A at r collects every path that crosses r, from a source before it to an output at or after
-    it. It adds up the paths of one kind at a time: a difference of two sums over all paths would cancel.
+    it. It adds up the paths of one kind at a time, those inside the chunk in fp64: they come as differences of sums in
+    which the paths that do not cross r cancel.
     """
     dy_heads = c.heads_first(dy).contiguous()
     dweights = dy_heads @ c.heads_first(c.stepped).mT
@@ -137,13 +138,13 @@ def _chunk_gradients(
     carried = c.decayed(state)
     over = (carried * dstate).unflatten(3, (c.across.shape[3], -1)).sum((2, 4)).flatten(1)
     before = c.decayed(dstate) + c.C.mT @ dy_entered
-    return inside + onward, dlogs + over[:, None], before, dB.transpose(1, 2), dC.transpose(1, 2)
+    return inside + onward, (dlogs + over[:, None]).to(dy.dtype), before, dB.transpose(1, 2), dC.transpose(1, 2)
 
 
 def _spread(c: _Chunk, dweights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the scores; per token (B, q, H), paths inside the chunk that end there less those that start."""
-    dscores, rows = torch.empty_like(c.scores), dweights.new_empty(c.logs.shape)
-    columns = dweights.new_empty(-(-rows.shape[2] // decay.ROWS), *rows.shape)
+    """Gradient of the scores; per token (B, q, H), fp64: paths that end there less those that start, in the chunk."""
+    dscores, rows = torch.empty_like(c.scores), torch.empty_like(c.logs)
+    columns = rows.new_empty(-(-rows.shape[2] // decay.ROWS), *rows.shape)
     arrays = (c.logs, c.scores, dweights.contiguous(), dscores, rows, columns)
     decay.spread(*(t.numpy() for t in arrays))
     return dscores, (rows - columns.sum(0)).transpose(1, 2)

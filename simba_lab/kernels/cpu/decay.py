@@ -7,6 +7,7 @@ of large steps would leave their fp32 difference without digits where the small 
 from __future__ import annotations
 
 import numba
+import numpy as np
 
 from simba_lab.kernels.cpu.elementary import FAST, exp
 
@@ -38,7 +39,8 @@ def weigh(logs, scores, weights):
 def spread(logs, scores, dweights, dscores, rows, columns):
     """Gradients of ``scores`` (B, G, q, q), and sums of ``dweights`` times weights for t > s.
 
-    ``rows`` (B, H, q) sums over s; ``columns`` (blocks, B, H, q) over the t of each block, to be added up.
+    ``rows`` (B, H, q) sums over s; ``columns`` (blocks, B, H, q) over the t of each block, to be added up. Both fp64:
+    who takes their difference wants paths that both count to cancel.
     """
     batch, heads, length = logs.shape
     blocks, groups = columns.shape[0], scores.shape[1]
@@ -52,11 +54,12 @@ def spread(logs, scores, dweights, dscores, rows, columns):
             dscore[:] = 0
             for h in range(g * per_group, (g + 1) * per_group):
                 log, dweight, column = logs[i, h], dweights[i, h, t], columns[block, i, h]
-                total = dscore[0] - dscore[0]
+                total = 0.0
                 for s in range(t):
                     share = dweight[s] * exp(cast(log[t] - log[s]))
                     dscore[s] += share
-                    column[s] += share * score[s]
-                    total += share * score[s]
+                    path = np.float64(share * score[s])
+                    column[s] += path
+                    total += path
                 dscore[t] += dweight[t]
                 rows[i, h, t] = total
