@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from simba_lab.kernels.gpu.conv import causal_conv as causal_conv
 from simba_lab.kernels.gpu.cross_entropy import cross_entropy as cross_entropy
+from simba_lab.kernels.gpu.gated_norm import gated_rms_norm as gated_rms_norm
 from simba_lab.kernels.gpu.gather import keep_tokens as keep_tokens
 from simba_lab.kernels.gpu.impact import global_impact as global_impact
 from simba_lab.kernels.gpu.norm import add_rms_norm as add_rms_norm
 from simba_lab.kernels.gpu.scan import selective_scan as selective_scan
 from simba_lab.kernels.gpu.select import select_tokens as select_tokens
-from simba_lab.kernels.reference import gated_rms_norm as gated_rms_norm
+from simba_lab.kernels.gpu.ssd_scan import ssd as ssd
+from simba_lab.kernels.gpu.ssd_scores import ssd_impact as ssd_impact
 from simba_lab.kernels.reference import linear as linear
-from simba_lab.kernels.reference import ssd as ssd
-from simba_lab.kernels.reference import ssd_impact as ssd_impact
