@@ -123,6 +123,17 @@ def test_convolution_of_any_layout() -> None:
         compare(conv.causal_conv, reference.causal_conv, list(arguments), TOLERANCE[torch.float64])
 
 
+@pytest.mark.parametrize("length", [1, 30, 31, 32, 33, 62, 134])
+def test_convolution_reads_nothing_around_its_tokens(length: int) -> None:
+    """Before and behind the tokens lies NaN, also where the last piece of the backward pass begins behind the end."""
+    x, weight, bias = cast(conv_arguments(1, length, 5, 4, initial=False), torch.float32)
+    dout = draw(1, length, 5, seed=3, dtype=torch.float32)
+    expected = conv._conv_backward(x.contiguous(), weight, bias, None, dout, None)
+    x, dout = (torch.nn.functional.pad(t, (0, 0, 8, 8), value=float("nan"))[:, 8:-8] for t in (x, dout))
+    for mine, theirs in zip(conv._conv_backward(x, weight, bias, None, dout, None), expected, strict=True):
+        assert torch.equal(mine, theirs) and not mine.isnan().any()
+
+
 def test_convolution_continues_where_it_stopped(nan_memory: None) -> None:
     x, weight, bias, before = cast(conv_arguments(2, 15, 5, 4), torch.float32)
     whole, last = conv.causal_conv(x, weight, bias, before)

@@ -53,8 +53,9 @@ def test_half_precision(dtype: torch.dtype, nan_memory: None) -> None:
 def test_vectors_read_in_pairs(nan_memory: None) -> None:
     """Two neighbouring bf16 of B and C are one word where alignment allows; the test's other slices start odd."""
     given = arguments(1, 13, 9, 4, torch.bfloat16)
-    assert not scan._paired(given["B"], given["C"])
-    pair = torch.cat([given["B"], given["C"]], dim=-1)
+    pair = torch.cat([given["B"][..., :1], given["B"], given["C"]], dim=-1)
+    assert not scan._paired(pair[..., 1:5], pair[..., 5:])
+    pair = pair[..., 1:].contiguous()
     given |= {"B": pair[..., :4], "C": pair[..., 4:]}
     assert scan._paired(given["B"], given["C"])
     compare(given, TOLERANCE[torch.bfloat16])
@@ -64,7 +65,7 @@ def test_vectors_read_in_pairs(nan_memory: None) -> None:
 def test_segments_of_the_backward_pass_do_not_show(
     parts: int, nan_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "segments", lambda programs, windows: min(parts, windows))
+    monkeypatch.setattr(launch, "segments", lambda programs, windows, device: min(parts, windows))
     compare(arguments(1, 2 * scan.WINDOW + 3, 5, 3, torch.float32), TOLERANCE[torch.float32])
 
 
@@ -85,6 +86,17 @@ def test_only_a_partly_filled_round_is_cut(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(launch, "_schedulers", lambda device: 528)
     split = [launch.forward_split(programs, 256, torch.device("cpu")) for programs in (192, 528, 640, 1000, 1536, 5120)]
     assert split == [(0, 2), (528, 1), (528, 4), (1000, 1), (1536, 1), (5120, 1)]
+    parts = [launch.segments(programs, 256, torch.device("cpu")) for programs in (640, 1536, 3072)]
+    assert parts == [8, 2, 1]
+
+
+def test_it_reads_nothing_around_its_tokens() -> None:
+    given = arguments(1, 13, 9, 4, torch.float32)
+    expected = outputs_and_gradients(scan.selective_scan, given)
+    for name in ("x", "dt", "B", "C", "z"):
+        given[name] = torch.nn.functional.pad(given[name], (0, 0, 8, 8), value=float("nan"))[:, 8:-8]
+    for name, value in outputs_and_gradients(scan.selective_scan, given).items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_it_continues_from_a_state() -> None:

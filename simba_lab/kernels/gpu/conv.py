@@ -154,17 +154,19 @@ def _backward_kernel(
     taps = _taps(weight, d, inside, W, BLOCK, ACC)
     offset = tl.load(bias + d, mask=inside, other=0).to(ACC)
     # The W-1 tokens before the piece. The first piece has none; the others are too far from token 0 to need initial.
+    # The last piece may begin behind the end: what lies there must not be read, for nothing times NaN is NaN.
     rows, inner, dtaps = (), (), ()
     for k in tl.static_range(2 * W - 2):
         i = k + 2 - 2 * W
-        rows = rows + (tl.load(x + i * x_row + d, mask=inside & (first + i >= 0), other=0),)
+        rows = rows + (tl.load(x + i * x_row + d, mask=inside & (first + i >= 0) & (first + i < length), other=0),)
     for k in tl.static_range(W - 1):
         i = k + 1 - W
         slope = tl.load(dout + i * dout_row + d, mask=inside & (first + i >= 0) & (first + i < length), other=0)
         inner = inner + (_before_silu(rows, slope, taps, offset, k, W),)
     rows = ()
     for k in tl.static_range(W - 1):
-        rows = rows + (_row(x, initial, k + 1 - W, first + k + 1 - W, x_row, d, inside, channels, W),)
+        token = first + k + 1 - W
+        rows = rows + (_row(x, initial, k + 1 - W, token, x_row, d, inside & (token < length), channels, W),)
     for _ in tl.static_range(W):
         dtaps = dtaps + (tl.zeros((BLOCK,), ACC),)
     dbias = tl.zeros((BLOCK,), ACC)

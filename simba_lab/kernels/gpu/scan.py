@@ -94,7 +94,7 @@ def _scan_backward(
     batch, length, channels = x.shape
     n, states, windows = A.shape[1], triton.next_power_of_2(A.shape[1]), starts.shape[1]
     blocks = triton.cdiv(channels, launch.BLOCK)
-    span = -(-windows // launch.segments(batch * blocks, windows))
+    span = -(-windows // launch.segments(batch * blocks, windows, x.device))
     segments = -(-windows // span)
     fp32 = {"dtype": torch.float32, "device": x.device}
     carry = torch.empty(batch, segments, channels, n, **fp32)
