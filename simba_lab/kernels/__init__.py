@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache, partial
 
 import torch
 
@@ -54,12 +55,39 @@ def _numba_reason(device: str) -> str | None:
     return None
 
 
-# Name -> (module with the ops, why it cannot run on a device or None). Fastest first: ``auto`` takes the first usable.
+@cache
+def _import_failure(module: str) -> str | None:
+    """Why ``module`` cannot be imported, in one line; None if it can. Compiled extensions fail in many ways."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def _peer_reason(package: str, modules: tuple[str, ...], device: str) -> str | None:
+    """A peer needs its own package, installed and intact, and Triton for every op that it lacks."""
+    if device != "cuda":
+        return f"compiles for CUDA devices, not for {device}"
+    if importlib.util.find_spec(modules[0].split(".")[0]) is None:
+        return f"the package {package} is not installed"
+    failure = next(filter(None, map(_import_failure, modules)), None)
+    return _triton_reason(device) if failure is None else f"the package {package} cannot be imported: {failure}"
+
+
+_MAMBA_SSM = ("mamba_ssm.ops.selective_scan_interface", "mamba_ssm.ops.triton.ssd_combined")
+
+# Name -> (module with the ops, why it cannot run on a device or None). Fastest first: ``auto`` takes the first usable,
+# and nothing behind the reference, which always is.
 _BACKENDS: dict[str, tuple[str, Callable[[str], str | None]]] = {
     "triton": ("simba_lab.kernels.gpu", _triton_reason),
     "numba": ("simba_lab.kernels.cpu", _numba_reason),
     "reference": ("simba_lab.kernels.reference", _reference_reason),
-}
+    "mamba_ssm": ("simba_lab.kernels.peers.mamba_ssm", partial(_peer_reason, "mamba-ssm", _MAMBA_SSM)),
+    "causal_conv1d": (
+        "simba_lab.kernels.peers.causal_conv1d", partial(_peer_reason, "causal-conv1d", ("causal_conv1d",)),
+    ),
+}  # fmt: skip
 
 
 def backend_names() -> list[str]:
@@ -84,11 +112,11 @@ def resolve(name: str, device: str) -> Backend:
     Raises InputError for an unknown name or a named backend that cannot run there.
     """
     check_name(name)
-    reasons = available_backends(device)
     if name == "auto":
-        name = next(known for known, reason in reasons.items() if reason is None)
-    if reasons[name] is not None:
-        raise InputError(f"backend: {name!r} cannot run on {device}: {reasons[name]}")
+        name = next(known for known, (_, reason) in _BACKENDS.items() if reason(device) is None)
+    reason = _BACKENDS[name][1](device)
+    if reason is not None:
+        raise InputError(f"backend: {name!r} cannot run on {device}: {reason}")
     module = importlib.import_module(_BACKENDS[name][0])
     ops = (field.name for field in fields(Backend) if field.name != "name")
     return Backend(name, **{op: getattr(module, op) for op in ops})

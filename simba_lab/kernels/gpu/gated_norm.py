@@ -50,7 +50,6 @@ def _backward_kernel(
     ACC: tl.constexpr = inverse.dtype.element_ty
     group, d = tl.program_id(1), tl.arange(0, BLOCK)
     inside, channel = d < width, group * width + d
-    scale = tl.load(weight + channel, mask=inside, other=0).to(ACC)
     share = tl.zeros((BLOCK,), ACC)
     first = tl.program_id(0).to(tl.int64) * stretch
     for i in range(0, tl.minimum(stretch, rows - first)):
@@ -63,7 +62,7 @@ def _backward_kernel(
         silu = gate * sigmoid
         unit = value * silu * inverse_rms
         share += slope * unit
-        slope *= scale
+        slope *= tl.load(weight + channel, mask=inside, other=0).to(ACC)  # for each row: it would fill registers
         dgated = (slope - unit * (tl.sum(slope * unit, 0) / width)) * inverse_rms
         dgate = dgated * value * sigmoid * (1.0 + gate - silu)  # the derivative of silu
         at = row * groups * width + channel

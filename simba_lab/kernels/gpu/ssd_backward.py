@@ -19,7 +19,7 @@ from simba_lab.kernels.gpu.ssd_kernels import decays, product, tile
 
 @triton.jit
 def _crossing(paths, ends, starts, CHUNK: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):
-    """(CHUNK,): at r the sum of ``paths[t, s]`` over s < r <= t, ``ends[t]`` over t >= r and ``starts[s]`` over s < r."""
+    """(CHUNK,): at r, ``paths[t, s]`` over s < r <= t, ``ends[t]`` over t >= r and ``starts[s]`` over s < r, summed."""
     i = tl.arange(0, CHUNK)
     earlier = i[:, None] < i[None, :]
     ends = tl.broadcast_to(ends[:, None], (CHUNK, CHUNK))

@@ -202,7 +202,7 @@ def _check(x: Tensor, states: int) -> None:
     if states > MAX_STATES:
         raise InputError(f"d_state: the triton backend takes at most {MAX_STATES}, not {states}; use backend reference")
     if x.shape[3] > MAX_WIDTH:
-        raise InputError(f"headdim: the triton backend takes at most {MAX_WIDTH}, not {x.shape[3]}; use another backend")
+        raise InputError(f"headdim: the triton backend takes at most {MAX_WIDTH}, not {x.shape[3]}; use reference")
 
 
 def ssd(
