@@ -75,6 +75,7 @@ def test_segments_of_the_forward_pass_do_not_show(
 ) -> None:
     """To the bit: three sequences of two blocks of channels, of which the first ``whole`` are not cut."""
     given = arguments(3, 2 * scan.WINDOW + 3, 9, 3, torch.float32)
+    monkeypatch.setattr(launch, "forward_block", lambda batch, channels, device: (8, 6))
     monkeypatch.setattr(launch, "forward_split", lambda programs, windows, device: (programs, 1))
     uncut = scan._scan(*given.values(), True)
     monkeypatch.setattr(launch, "forward_split", lambda programs, windows, device: (whole, parts))
@@ -84,9 +85,13 @@ def test_segments_of_the_forward_pass_do_not_show(
 
 def test_only_a_partly_filled_round_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_schedulers", lambda device: 528)
-    split = [launch.forward_split(programs, 256, torch.device("cpu")) for programs in (192, 528, 640, 1000, 1536, 5120)]
-    assert split == [(0, 2), (528, 1), (528, 4), (1000, 1), (1536, 1), (5120, 1)]
-    parts = [launch.segments(programs, 256, torch.device("cpu")) for programs in (640, 1536, 3072)]
+    device = torch.device("cpu")
+    split = [launch.forward_split(programs, 256, device) for programs in (128, 192, 528, 640, 1000, 1536, 5120)]
+    assert split == [(0, 4), (0, 2), (528, 1), (528, 4), (1000, 1), (1536, 1), (5120, 1)]
+    assert launch.forward_split(192, 32, device) == (192, 1) and launch.forward_split(768, 32, device) == (528, 2)
+    blocks = [launch.forward_block(*shape, device)[0] for shape in ((8, 5120), (8, 1536), (1, 5120), (1, 8448))]
+    assert blocks == [16, 16, 8, 16]
+    parts = [launch.segments(programs, 256, device) for programs in (640, 1536, 3072)]
     assert parts == [8, 2, 1]
 
 

@@ -28,6 +28,10 @@ def _paired(B: Tensor, C: Tensor) -> bool:
     )
 
 
+def _partial(B: Tensor) -> torch.dtype:
+    return torch.bfloat16 if B.dtype == torch.bfloat16 else torch.float32
+
+
 def _empty_outputs(x: Tensor, A: Tensor, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Unfilled output (B, L, D), final state (B, D, N) and, if wanted, states at the starts of windows."""
     (batch, length, channels), n = x.shape, A.shape[1]
@@ -47,9 +51,10 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, length, channels), (n, states) = x.shape, (A.shape[1], triton.next_power_of_2(A.shape[1]))
     out, final, starts = _empty_outputs(x, A, keep_states)
+    block, stages = launch.forward_block(batch, channels, x.device)
     fixed = {
-        "N": n, "STATES": states, "BLOCK": launch.BLOCK, "INITIAL": initial is not None, "FAST": launch.on_gpu(x),
-        "PAIRED": _paired(B, C), "STAGES": launch.STAGES, "num_warps": 1,
+        "N": n, "STATES": states, "BLOCK": block, "INITIAL": initial is not None, "FAST": launch.on_gpu(x),
+        "PAIRED": _paired(B, C), "STAGES": stages, "num_warps": 1,
     }  # fmt: skip
 
     def scan(first: int, programs: int, span: int, segments: int, boundaries: Tensor | None) -> None:
@@ -60,14 +65,14 @@ def _scan(
             EVERY=WINDOW if keep_states else 0, SPLIT=segments > 1, **fixed,
         )  # fmt: skip
 
-    programs = batch * triton.cdiv(channels, launch.BLOCK)
+    programs = batch * triton.cdiv(channels, block)
     whole, segments = launch.forward_split(programs, length // WINDOW, x.device)
     if segments == 1:
         scan(0, programs, length, 1, None)
         return out, final, starts
     span = triton.cdiv(length, segments * WINDOW) * WINDOW
     segments = triton.cdiv(length, span)
-    boundaries = torch.empty(programs - whole, segments - 1, launch.BLOCK, states, dtype=torch.float32, device=x.device)
+    boundaries = torch.empty(programs - whole, segments - 1, block, states, dtype=torch.float32, device=x.device)
 
     def rest() -> None:
         scan_states[(programs - whole,)](
@@ -101,7 +106,8 @@ def _scan_backward(
     carry[:, -1] = 0.0 if dfinal is None else dfinal
     dout = dout.contiguous()
     dx, ddt, dz = (torch.empty(dout.shape, dtype=t.dtype, device=t.device) for t in (x, dt, z))
-    dB, dC = torch.empty(2, blocks, batch, length, n, **fp32).unbind()
+    # One partial sum to a block of channels; in bf16 they are no coarser than the gradient itself.
+    dB, dC = torch.empty(2, blocks, batch, length, n, dtype=_partial(B), device=x.device).unbind()
     dA, dinitial = torch.empty_like(carry), torch.empty(batch, channels, n, **fp32)
     dD, dbias = torch.empty(2, batch, segments, channels, **fp32).unbind()
     scratch = torch.empty(batch, segments, blocks, WINDOW // STEPS, launch.BLOCK, states, **fp32)
@@ -111,7 +117,7 @@ def _scan_backward(
             dt, z, C, dt_bias, A, dout, carry,
             length, channels, dt.stride(0), dt.stride(1), z.stride(0), z.stride(1),
             C.stride(0), C.stride(1), span * WINDOW, segments,
-            N=n, STATES=states, BLOCK=launch.BLOCK, FAST=fast, PAIRED=_paired(B, C), STAGES=launch.STAGES,
+            N=n, STATES=states, BLOCK=launch.BLOCK, FAST=fast, PAIRED=_paired(B, C), STAGES=launch.BACKWARD_STAGES,
             num_warps=1,
         )  # fmt: skip
     scan_backward[(blocks, batch, segments)](
@@ -130,7 +136,7 @@ def _(x, dt, dt_bias, A, B, C, D, z, starts, dout, dfinal):  # noqa: ANN001, ANN
     batch, length, channels = x.shape
     n, fp32 = A.shape[1], {"dtype": torch.float32, "device": x.device}
     per_token = [torch.empty(batch, length, channels, dtype=t.dtype, device=t.device) for t in (x, dt, z)]
-    dB, dC = (torch.empty(batch, length, n, **fp32) for _ in range(2))
+    dB, dC = (torch.empty(batch, length, n, dtype=_partial(B), device=x.device) for _ in range(2))
     dbias, dD = (torch.empty(channels, **fp32) for _ in range(2))
     dA, dinitial = torch.empty(channels, n, **fp32), torch.empty(batch, channels, n, **fp32)
     return per_token[0], per_token[1], dbias, dA, dB, dC, dD, per_token[2], dinitial

@@ -179,8 +179,8 @@ def scan_backward(
             ddt = tl.where(inside, ddelta * sigmoid(v, FAST), 0.0)
             rows = sums + row * N + n[None, :]
             present = (t < length)[:, None] & (n < N)[None, :]
-            tl.store(dB_ptr + rows, sum_channels(dbs, BLOCK, STATES), present)
-            tl.store(dC_ptr + rows, sum_channels(dcs, BLOCK, STATES), present)
+            tl.store(dB_ptr + rows, sum_channels(dbs, BLOCK, STATES).to(dB_ptr.dtype.element_ty), present)
+            tl.store(dC_ptr + rows, sum_channels(dcs, BLOCK, STATES).to(dC_ptr.dtype.element_ty), present)
             dD += dy * x
             dbias += ddt
             offset = dense + row * channels
