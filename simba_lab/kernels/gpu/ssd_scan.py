@@ -37,10 +37,13 @@ class Tiling:
 
     @classmethod
     def of(cls, x: Tensor, states: int) -> Tiling:
-        """``x`` (B, L, H, P). fp32 is multiplied as three products of TF32 numbers, which keep 22 bits."""
+        """``x`` (B, L, H, P). fp32 is multiplied as three products of TF32 numbers, which keep 22 bits.
+
+        A chunk is as long as registers allow: operands of such a product are held in them, three times over.
+        """
         single = x.dtype == torch.float32
         states, width = (max(16, triton.next_power_of_2(size)) for size in (states, x.shape[3]))
-        chunk = 32 if single or states > 128 or width > 64 else 64
+        chunk = 16 if single else 32 if states > 128 or width > 64 else 64
         together, stages, precision = (32, 1, "tf32x3") if single else (64, 2, "tf32")
         return cls(chunk, min(width, 64), states, width, together, stages, precision)
 
@@ -121,7 +124,7 @@ def _ssd(
             *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
             P=width, N=n, CHUNK=tiling.chunk, WIDTH=tiling.width, STATES=tiling.states,
             PRECISION=tiling.precision, FAST=launch.on_gpu(x), STAGES=tiling.stages,
-            num_warps=8 if tiling.states > 128 else 4,
+            num_warps=8 if tiling.states > 128 or x.dtype == torch.float32 else 4,
         )  # fmt: skip
     return out, final
 
