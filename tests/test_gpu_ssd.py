@@ -26,7 +26,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 # Length, heads, channels per head, groups, states; chunks have 16 tokens in fp32.
-SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 3, 4), (15, 4, 3, 2, 5), (16, 2, 18, 1, 16), (33, 3, 2, 3, 3), (37, 4, 7, 2, 17)]
+SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 3, 4), (15, 4, 3, 2, 5), (16, 2, 18, 1, 16), (17, 3, 2, 3, 3), (35, 2, 7, 2, 17)]
 
 
 def on_device(arguments: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ def test_only_long_sequences_are_cut_whatever_the_batch() -> None:
 
 
 def test_it_continues_from_a_state() -> None:
-    given = arguments(41)
+    given = arguments(41, 2, 3, 1, 2)
     whole, final = gpu.ssd(**given)
     state, parts = given["initial"], []
     for tokens in (slice(0, 1), slice(1, 33), slice(33, 41)):
@@ -145,7 +145,7 @@ def test_extreme_steps(raw: float) -> None:
 
 
 def test_a_sequence_alone_or_in_a_batch_is_the_same_to_the_bit() -> None:
-    given = arguments(41, batch=3)
+    given = arguments(21, 2, 3, 1, 2, batch=3)
     together = gpu.ssd(**given)
     alone = {name: t[1:2] if name in (*PER_TOKEN, "initial") else t for name, t in given.items()}
     for mine, theirs in zip(gpu.ssd(**alone), together, strict=True):
@@ -178,7 +178,7 @@ def test_what_it_cannot_do_is_said(shape: tuple[int, ...], dtype: torch.dtype, s
 @pytest.mark.parametrize("reduce", ["max", "absmax", "l2"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_impact(reduce: str, gated: bool, nan_memory: None) -> None:
-    for shape in [(1, 1, 1, 1, 1), (17, 4, 5, 2, 3), (131, 6, 3, 3, 5)]:
+    for shape in [(1, 1, 1, 1, 1), (17, 4, 5, 2, 3), (67, 2, 3, 2, 5)]:
         s = arguments(*shape)
         gate = torch.randn(2, shape[1], shape[2], device=DEVICE) if gated else None
         got = impact_of(gpu, s, gate=gate, reduce=reduce)
