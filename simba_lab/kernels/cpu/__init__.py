@@ -92,11 +92,11 @@ def _scan_backward(
     dA, dinitial = x.new_empty(2, batch, channels, states).unbind()
     dB, dC = x.new_empty(2, batch, blocks, length, states).unbind()
     dD = x.new_empty(batch, channels)
-    (x_, dt_, B_, C_, z_), strides = _flat(x, dt, B, C, z)
+    (x_, dt_, B_, C_, z_, dout_), strides = _flat(x, dt, B, C, z, dout)
     scan.backward(
-        x_, dt_, _array(dt_bias), _array(A), B_, C_, _array(D), z_, strides, _array(starts),
-        _array(dout), _array(dfinal), dx.numpy(), ddt.numpy(), dA.numpy(), dB.numpy(), dC.numpy(), dD.numpy(),
-        dz.numpy(), dinitial.numpy(),
+        x_, dt_, _array(dt_bias), _array(A), B_, C_, _array(D), z_, dout_, strides, _array(starts),
+        _array(dfinal), dx.numpy(), ddt.numpy(), dA.numpy(), dB.numpy(), dC.numpy(), dD.numpy(), dz.numpy(),
+        dinitial.numpy(),
     )  # fmt: skip
     return dx, ddt, ddt.sum((0, 1)), dA.sum(0), dB.sum(1), dC.sum(1), dD.sum(0), dz, dinitial
 

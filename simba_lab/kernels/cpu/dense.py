@@ -2,8 +2,7 @@
 
 torch sends fp32 products to MKL, which on AMD processors reaches about half of what oneDNN does (forward and gradient
 of the input, shapes of this project, two cores of an AMD EPYC). oneDNN is asked for by the operator that torch's own
-compiler emits for CPUs; where it is missing, and for other dtypes, torch's default runs. The gradient of the weight
-stays with torch: oneDNN would need both factors transposed first, which costs what it gains.
+compiler emits for CPUs; where it is missing, and for other dtypes, torch's default runs.
 """
 
 from __future__ import annotations
@@ -16,8 +15,12 @@ from simba_lab.kernels import reference
 
 
 def use_torch_threads() -> None:
-    """Numba follows ``torch.set_num_threads``, so that one setting rules the process."""
+    """Numba follows ``torch.set_num_threads``, so that one setting rules the process; freed memory stays in it."""
     import numba
+
+    from simba_lab.kernels.cpu.memory import keep_freed
+
+    keep_freed()
 
     threads = torch.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
@@ -32,7 +35,25 @@ def _has_onednn() -> bool:
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     if not _has_onednn():
         return F.linear(x, weight)
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), None, "none", [], "")
+    return _onednn(x.contiguous(), weight.contiguous())
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _weight_gradient(x: Tensor, dout: Tensor) -> Tensor:
+    """``dout`` (tokens, d_out) transposed times ``x`` (tokens, d_in): (d_out, d_in), perhaps transposed in memory.
+
+    oneDNN wants the left factor in rows, so one of the two is transposed first: the narrower, which costs little. The
+    right factor may stand transposed, if it has no gaps: with gaps oneDNN falls back to a loop 1,000 times slower.
+    """
+    if not _has_onednn() or x.shape[0] == 0:
+        return dout.t() @ x
+    x, dout = x.contiguous(), dout.contiguous()
+    if x.shape[1] <= dout.shape[1]:
+        return _onednn(x.t().contiguous(), dout.t()).t()
+    return _onednn(dout.t().contiguous(), x.t())
 
 
 @torch.library.custom_op("simba_lab::linear", mutates_args=(), device_types="cpu")
@@ -48,7 +69,7 @@ def _(x, weight):  # noqa: ANN001, ANN202
 @torch.library.custom_op("simba_lab::linear_backward", mutates_args=(), device_types="cpu")
 def _linear_backward(x: Tensor, weight: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
     dx = _product(dout, weight.t())
-    dweight = dout.reshape(-1, dout.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    dweight = _weight_gradient(x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1]))
     return dx, dweight
 
 

@@ -2,12 +2,17 @@
 
 One job is one sequence times one block of ``WIDTH`` channels; its state stays in the first-level cache and every inner
 loop runs over the block's channels, which LLVM turns into vector instructions. Blocks are padded to ``WIDTH`` with
-channels whose step is 0, so the trip count is a constant. Softplus, skip connection and gate are fused: nothing of
-size (length, channels) is written but the output.
+channels in which x, A, D and the gradients are 0, so the trip count is a constant. Softplus, skip connection and gate
+are fused: nothing of size (length, channels) is written but the output.
 
-The forward pass keeps the state at the start of every ``CHUNK`` tokens; the backward pass recomputes one chunk at a
-time from it. Sums that cross jobs (A, B, C, D, bias) are written per job and added in a fixed order: results do not
-depend on the number of threads.
+The forward pass goes token by token and keeps the state at the start of every ``CHUNK`` tokens; the backward pass
+recomputes one chunk at a time from it. What does not touch the state is then faster done for a whole chunk.
+
+LLVM makes vector instructions of a loop only if at most eight comparisons of addresses show that the arrays it writes
+overlap no other. So loops here touch few arrays each, and rows of inputs and outputs are copied by loops of their own.
+
+Sums that cross jobs (A, B, C, D, bias) are written per job and added in a fixed order: results do not depend on the
+number of threads.
 
 Inputs come as flat views with the strides of batch and token, so slices of a projection need no copy.
 """
@@ -17,39 +22,45 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from simba_lab.kernels.cpu.elementary import FAST, exp, sigmoid, softplus
+from simba_lab.kernels.cpu.elementary import FAST, exp2, sigmoid, softplus
 
 WIDTH = 64
 CHUNK = 32
+LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 
 _compile = numba.njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
 _inner = numba.njit(fastmath=FAST, error_model="numpy")
 
 
 @_inner
-def _load_parameters(A, D, dt_bias, first, used, A_block, D_block, bias_block):
-    A_block[:] = 0
-    D_block[:] = 0
-    bias_block[:] = 0
-    for d in range(used):
-        D_block[d] = D[first + d]
-        bias_block[d] = dt_bias[first + d]
-        for n in range(A.shape[1]):
-            A_block[n, d] = A[first + d, n]
+def _zeros(rows, dtype):
+    """Zeros (rows, WIDTH) that start with a cache line: vectors that straddle two lines take half as long again."""
+    size = rows * WIDTH
+    memory = np.zeros(size + 64, dtype)
+    skip = (-memory.ctypes.data % 64) // memory.itemsize
+    return memory[skip : skip + size].reshape(rows, WIDTH)
 
 
 @_inner
-def _load_token(x_row, dt_row, bias_block, one, x_t, delta_t, u_t):
-    """x, step size and their product for one token of a block; lanes beyond the row keep a step of 0."""
-    for d in range(x_row.size):
-        x_t[d] = x_row[d]
-        delta_t[d] = softplus(dt_row[d] + bias_block[d], one)
-        u_t[d] = delta_t[d] * x_row[d]
+def _load_rates(A, first, used, dtype):
+    """A (N, WIDTH) of a block of channels times log2(e): decays are powers of two."""
+    rates = _zeros(A.shape[1], dtype)
+    for d in range(used):
+        for n in range(A.shape[1]):
+            rates[n, d] = A[first + d, n] * LOG2E
+    return rates
+
+
+@_inner
+def _load_channels(values, first, used, dtype):
+    block = _zeros(1, dtype)[0]
+    block[:used] = values[first : first + used]
+    return block
 
 
 @_inner
 def _row(flat, strides, i, t, first, used):
-    """``used`` channels from ``first`` on of token t of sequence i.
+    """``used`` entries from ``first`` on of token t of sequence i.
 
     Loops index rows from 0, which the compiler knows to be in range; an index it cannot tell from a negative one,
     which Python counts from the end, would keep it from using vector instructions.
@@ -59,49 +70,71 @@ def _row(flat, strides, i, t, first, used):
 
 
 @_inner
-def _advance(h, A_block, delta_t, u_t, B_t, C_t, y_t):
+def _copy(source, target):
+    """The channels of ``source``, which may be fewer than the target's."""
+    for d in range(source.size):
+        target[d] = source[d]
+
+
+@_inner
+def _step_and_input(dt_t, bias_block, x_t, one, delta_t, u_t):
+    """Step size of one token and its product with x."""
+    for d in range(WIDTH):
+        delta = softplus(dt_t[d] + bias_block[d], one)
+        delta_t[d] = delta
+        u_t[d] = delta * x_t[d]
+
+
+@_inner
+def _skip(x_t, D_block, y_t):
+    for d in range(WIDTH):
+        y_t[d] = D_block[d] * x_t[d]
+
+
+@_inner
+def _advance(h, rates, delta_t, u_t, B_t, C_t, y_t):
     """One token: the state moves on, and what it adds to the output is added to ``y_t``."""
     for n in range(h.shape[0]):
         b, c = B_t[n], C_t[n]
-        h_n, A_n = h[n], A_block[n]
+        h_n, rates_n = h[n], rates[n]
         for d in range(WIDTH):
-            value = exp(delta_t[d] * A_n[d]) * h_n[d] + u_t[d] * b
+            value = exp2(delta_t[d] * rates_n[d]) * h_n[d] + u_t[d] * b
             h_n[d] = value
             y_t[d] += value * c
 
 
 @_inner
+def _gate(z_t, one, y_t):
+    for d in range(WIDTH):
+        y_t[d] *= z_t[d] * sigmoid(z_t[d], one)
+
+
+@_inner
 def _forward_job(x, dt, dt_bias, A, B, C, D, z, strides, initial, out, final, starts, i, block):
-    channels, states = A.shape
+    length, (channels, states), dtype = out.shape[1], A.shape, out.dtype
     first = block * WIDTH
     used = min(WIDTH, channels - first)
-    one = out.dtype.type(1)
-    A_block = np.empty((states, WIDTH), out.dtype)
-    h = np.zeros((states, WIDTH), out.dtype)
-    D_block = np.zeros(WIDTH, out.dtype)
-    bias_block = np.zeros(WIDTH, out.dtype)
-    x_t = np.zeros(WIDTH, out.dtype)
-    delta_t = np.zeros(WIDTH, out.dtype)
-    u_t = np.zeros(WIDTH, out.dtype)
-    y_t = np.zeros(WIDTH, out.dtype)
-    _load_parameters(A, D, dt_bias, first, used, A_block, D_block, bias_block)
+    one = dtype.type(1)
+    rates = _load_rates(A, first, used, dtype)
+    D_block, bias_block = _load_channels(D, first, used, dtype), _load_channels(dt_bias, first, used, dtype)
+    h = _zeros(states, dtype)
+    rows = _zeros(6, dtype)
+    x_t, dt_t, z_t, delta_t, u_t, y_t = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
     for d in range(used):
         for n in range(states):
             h[n, d] = initial[i, first + d, n]
-    for t in range(out.shape[1]):
+    for t in range(length):
         if starts.shape[1] > 0 and t % CHUNK == 0:
             starts[i, t // CHUNK, block] = h
-        x_row = _row(x, strides[0], i, t, first, used)
-        dt_row = _row(dt, strides[1], i, t, first, used)
-        _load_token(x_row, dt_row, bias_block, one, x_t, delta_t, u_t)
-        for d in range(WIDTH):
-            y_t[d] = D_block[d] * x_t[d]
+        _copy(_row(x, strides[0], i, t, first, used), x_t)
+        _copy(_row(dt, strides[1], i, t, first, used), dt_t)
+        _copy(_row(z, strides[4], i, t, first, used), z_t)
+        _step_and_input(dt_t, bias_block, x_t, one, delta_t, u_t)
+        _skip(x_t, D_block, y_t)
         B_t, C_t = _row(B, strides[2], i, t, 0, states), _row(C, strides[3], i, t, 0, states)
-        _advance(h, A_block, delta_t, u_t, B_t, C_t, y_t)
-        z_row = _row(z, strides[4], i, t, first, used)
-        out_row = out[i, t, first : first + used]
-        for d in range(used):
-            out_row[d] = y_t[d] * z_row[d] * sigmoid(z_row[d], one)
+        _advance(h, rates, delta_t, u_t, B_t, C_t, y_t)
+        _gate(z_t, one, y_t)
+        _copy(y_t[:used], out[i, t, first : first + used])
     for d in range(used):
         for n in range(states):
             final[i, first + d, n] = h[n, d]
@@ -121,109 +154,170 @@ def forward(x, dt, dt_bias, A, B, C, D, z, strides, initial, out, final, starts)
 
 
 @_inner
-def _replay(decay, before, h, A_block, delta_t, u_t, B_t, C_t, y_t):
-    """:func:`_advance` that keeps the decays (N, WIDTH) and the state before the token (N, WIDTH)."""
-    for n in range(h.shape[0]):
-        b, c = B_t[n], C_t[n]
-        h_n, A_n, decay_n, before_n = h[n], A_block[n], decay[n], before[n]
-        for d in range(WIDTH):
-            before_n[d] = h_n[d]
-            decay_n[d] = exp(delta_t[d] * A_n[d])
-            h_n[d] = decay_n[d] * h_n[d] + u_t[d] * b
-            y_t[d] += h_n[d] * c
+def _load_tokens(flat, strides, i, t0, steps, first, used, rows):
+    """Channels of a block, ``steps`` tokens from t0 on, into the first lanes of ``rows`` (CHUNK, WIDTH)."""
+    for k in range(steps):
+        _copy(_row(flat, strides, i, t0 + k, first, used), rows[k])
 
 
 @_inner
-def _retreat(g, dA_block, decay, before, A_block, delta_t, u_t, B_t, C_t, dy_t, du_t, ddelta_t, dB_t, dC_t):
+def _store_tokens(rows, out, i, t0, steps, first, used):
+    for k in range(steps):
+        _copy(rows[k, :used], out[i, t0 + k, first : first + used])
+
+
+@_inner
+def _prepare(dt_c, bias_block, x_c, D_block, steps, one, delta_c, u_c, y_c):
+    """What the state needs of the tokens of a chunk, and the skip connection in ``y_c``."""
+    for k in range(steps):
+        _step_and_input(dt_c[k], bias_block, x_c[k], one, delta_c[k], u_c[k])
+    for k in range(steps):
+        _skip(x_c[k], D_block, y_c[k])
+
+
+@_inner
+def _decays(rates, delta_t, decay):
+    """exp(delta A) of one token, (N, WIDTH)."""
+    for n in range(rates.shape[0]):
+        rates_n, decay_n = rates[n], decay[n]
+        for d in range(WIDTH):
+            decay_n[d] = exp2(delta_t[d] * rates_n[d])
+
+
+@_inner
+def _replay(decay, before, after, u_t, B_t, C_t, y_t):
+    """:func:`_advance` that keeps every state: ``after`` (N, WIDTH) is the one that follows ``before``."""
+    for n in range(decay.shape[0]):
+        b, c = B_t[n], C_t[n]
+        decay_n, before_n, after_n = decay[n], before[n], after[n]
+        for d in range(WIDTH):
+            value = decay_n[d] * before_n[d] + u_t[d] * b
+            after_n[d] = value
+            y_t[d] += value * c
+
+
+@_inner
+def _retreat(g, decay, u_t, B_t, C_t, dy_t, du_t, dB_t):
     """One token backwards: ``g`` (N, WIDTH), the gradient of the state, moves to the token before."""
     for n in range(g.shape[0]):
         b, c = B_t[n], C_t[n]
-        g_n, A_n, dA_n, decay_n, before_n = g[n], A_block[n], dA_block[n], decay[n], before[n]
-        db, dc = b - b, c - c
+        g_n, decay_n = g[n], decay[n]
+        db = b - b
         for d in range(WIDTH):
-            kept = decay_n[d] * before_n[d]
             dh = g_n[d] + dy_t[d] * c
-            dc += dy_t[d] * (kept + u_t[d] * b)
             db += dh * u_t[d]
-            ddecay = dh * kept
             du_t[d] += dh * b
-            ddelta_t[d] += ddecay * A_n[d]
-            dA_n[d] += ddecay * delta_t[d]
             g_n[d] = dh * decay_n[d]
         dB_t[n] = db
+
+
+@_inner
+def _decay_gradients(g, before, after, rates, dy_t, zero, dlog_t, dC_t):
+    """What the decays pass on to the step size, times log2(e), given ``g`` before the token; and the gradient of C."""
+    for n in range(g.shape[0]):
+        g_n, before_n, after_n, rates_n = g[n], before[n], after[n], rates[n]
+        dc = zero
+        for d in range(WIDTH):
+            dlog_t[d] += g_n[d] * before_n[d] * rates_n[d]
+            dc += dy_t[d] * after_n[d]
         dC_t[n] = dc
 
 
 @_inner
-def _gate_backward(z_row, dout_row, y_t, one, dz_row, dy_t):
-    """Gradients of the gate and of the output before it, for one token."""
-    for d in range(z_row.size):
-        opened = sigmoid(z_row[d], one)
-        dz_row[d] = dout_row[d] * y_t[d] * opened * (one + z_row[d] * (one - opened))
-        dy_t[d] = dout_row[d] * z_row[d] * opened
+def _rate_gradients(g, before, delta_t, dA_block):
+    for n in range(g.shape[0]):
+        g_n, before_n, dA_n = g[n], before[n], dA_block[n]
+        for d in range(WIDTH):
+            dA_n[d] += g_n[d] * before_n[d] * delta_t[d]
 
 
 @_inner
-def _input_backward(dt_row, bias_block, D_block, x_t, delta_t, dy_t, du_t, ddelta_t, one, dx_row, ddt_row, dD_block):
-    """Gradients of x, of the step before softplus, and of D, for one token."""
-    for d in range(dt_row.size):
-        dx_row[d] = du_t[d] * delta_t[d] + dy_t[d] * D_block[d]
-        # not 1 - exp(-delta), of which a small delta leaves few digits
-        slope = sigmoid(dt_row[d] + bias_block[d], one)
-        ddt_row[d] = (ddelta_t[d] + du_t[d] * x_t[d]) * slope
-        dD_block[d] += dy_t[d] * x_t[d]
+def _gate_backward(z_c, dout_c, y_c, steps, one, dy_c):
+    """Gradient of the output before the gate, and in place of ``y_c`` that of the gate."""
+    for k in range(steps):
+        z_t, dout_t, y_t, dy_t = z_c[k], dout_c[k], y_c[k], dy_c[k]
+        for d in range(WIDTH):
+            opened = sigmoid(z_t[d], one)
+            y_t[d] *= dout_t[d] * opened * (one + z_t[d] * (one - opened))
+            dy_t[d] = dout_t[d] * z_t[d] * opened
+
+
+@_inner
+def _step_gradients(dt_c, bias_block, x_c, du_c, steps, one, ln2, dlog_c):
+    """In place of ``dlog_c`` the gradient of the step before softplus."""
+    for k in range(steps):
+        dt_t, x_t, du_t, dlog_t = dt_c[k], x_c[k], du_c[k], dlog_c[k]
+        for d in range(WIDTH):
+            # not 1 - exp(-delta), of which a small delta leaves few digits
+            slope = sigmoid(dt_t[d] + bias_block[d], one)
+            dlog_t[d] = (dlog_t[d] * ln2 + du_t[d] * x_t[d]) * slope
+
+
+@_inner
+def _input_gradients(D_block, delta_c, dy_c, steps, du_c):
+    """In place of ``du_c`` the gradient of x."""
+    for k in range(steps):
+        delta_t, dy_t, du_t = delta_c[k], dy_c[k], du_c[k]
+        for d in range(WIDTH):
+            du_t[d] = du_t[d] * delta_t[d] + dy_t[d] * D_block[d]
+
+
+@_inner
+def _skip_gradients(x_c, dy_c, steps, dD_block):
+    for k in range(steps):
+        x_t, dy_t = x_c[k], dy_c[k]
+        for d in range(WIDTH):
+            dD_block[d] += dy_t[d] * x_t[d]
 
 
 @_inner
 def _backward_job(
-    x, dt, dt_bias, A, B, C, D, z, strides, starts, dout, dfinal, dx, ddt, dA, dB, dC, dD, dz, dinitial, i, block
+    x, dt, dt_bias, A, B, C, D, z, dout, strides, starts, dfinal, dx, ddt, dA, dB, dC, dD, dz, dinitial, i, block
 ):  # fmt: skip
-    length, (channels, states), dtype = dout.shape[1], A.shape, dout.dtype
+    length, (channels, states), dtype = dx.shape[1], A.shape, dx.dtype
     first = block * WIDTH
     used = min(WIDTH, channels - first)
-    last = first + used
-    one = dtype.type(1)
-    A_block, dA_block = np.empty((states, WIDTH), dtype), np.zeros((states, WIDTH), dtype)
-    g, h = np.zeros((states, WIDTH), dtype), np.zeros((states, WIDTH), dtype)
-    decay, before = np.empty((CHUNK, states, WIDTH), dtype), np.empty((CHUNK, states, WIDTH), dtype)
-    x_c, delta_c = np.zeros((CHUNK, WIDTH), dtype), np.zeros((CHUNK, WIDTH), dtype)
-    u_c, y_c = np.zeros((CHUNK, WIDTH), dtype), np.zeros((CHUNK, WIDTH), dtype)
-    D_block, bias_block, dD_block = np.zeros(WIDTH, dtype), np.zeros(WIDTH, dtype), np.zeros(WIDTH, dtype)
-    dy_t, du_t, ddelta_t = np.zeros(WIDTH, dtype), np.zeros(WIDTH, dtype), np.zeros(WIDTH, dtype)
-    _load_parameters(A, D, dt_bias, first, used, A_block, D_block, bias_block)
+    zero, one, ln2 = dtype.type(0), dtype.type(1), dtype.type(LN2)
+    rates = _load_rates(A, first, used, dtype)
+    D_block, bias_block = _load_channels(D, first, used, dtype), _load_channels(dt_bias, first, used, dtype)
+    dA_block, dD_block = _zeros(states, dtype), _zeros(1, dtype)[0]
+    g = _zeros(states, dtype)
+    decay = _zeros(CHUNK * states, dtype).reshape(CHUNK, states, WIDTH)
+    h = _zeros((CHUNK + 1) * states, dtype).reshape(CHUNK + 1, states, WIDTH)
+    x_c, dt_c, z_c = _zeros(CHUNK, dtype), _zeros(CHUNK, dtype), _zeros(CHUNK, dtype)
+    delta_c, u_c = _zeros(CHUNK, dtype), _zeros(CHUNK, dtype)
+    y_c, dout_c = _zeros(CHUNK, dtype), _zeros(CHUNK, dtype)
+    dy_c, du_c, dlog_c = _zeros(CHUNK, dtype), _zeros(CHUNK, dtype), _zeros(CHUNK, dtype)
     for d in range(used):
         for n in range(states):
             g[n, d] = dfinal[i, first + d, n]
     for chunk in range((length + CHUNK - 1) // CHUNK - 1, -1, -1):
         t0 = chunk * CHUNK
         steps = min(CHUNK, length - t0)
-        h[:] = starts[i, chunk, block]
+        h[0] = starts[i, chunk, block]
+        _load_tokens(x, strides[0], i, t0, steps, first, used, x_c)
+        _load_tokens(dt, strides[1], i, t0, steps, first, used, dt_c)
+        _load_tokens(z, strides[4], i, t0, steps, first, used, z_c)
+        _load_tokens(dout, strides[5], i, t0, steps, first, used, dout_c)
+        _prepare(dt_c, bias_block, x_c, D_block, steps, one, delta_c, u_c, y_c)
         for k in range(steps):
-            t = t0 + k
-            x_row = _row(x, strides[0], i, t, first, used)
-            dt_row = _row(dt, strides[1], i, t, first, used)
-            _load_token(x_row, dt_row, bias_block, one, x_c[k], delta_c[k], u_c[k])
-            y_t, x_t = y_c[k], x_c[k]
-            for d in range(WIDTH):
-                y_t[d] = D_block[d] * x_t[d]
-            B_t, C_t = _row(B, strides[2], i, t, 0, states), _row(C, strides[3], i, t, 0, states)
-            _replay(decay[k], before[k], h, A_block, delta_c[k], u_c[k], B_t, C_t, y_t)
+            B_t, C_t = _row(B, strides[2], i, t0 + k, 0, states), _row(C, strides[3], i, t0 + k, 0, states)
+            _decays(rates, delta_c[k], decay[k])
+            _replay(decay[k], h[k], h[k + 1], u_c[k], B_t, C_t, y_c[k])
+        _gate_backward(z_c, dout_c, y_c, steps, one, dy_c)
+        du_c[:] = 0
+        dlog_c[:] = 0
         for k in range(steps - 1, -1, -1):
-            t = t0 + k
-            z_row = _row(z, strides[4], i, t, first, used)
-            _gate_backward(z_row, dout[i, t, first:last], y_c[k], one, dz[i, t, first:last], dy_t)
-            du_t[:] = 0
-            ddelta_t[:] = 0
-            B_t, C_t = _row(B, strides[2], i, t, 0, states), _row(C, strides[3], i, t, 0, states)
-            _retreat(
-                g, dA_block, decay[k], before[k], A_block, delta_c[k], u_c[k], B_t, C_t, dy_t, du_t, ddelta_t,
-                dB[i, block, t], dC[i, block, t],
-            )  # fmt: skip
-            dt_row = _row(dt, strides[1], i, t, first, used)
-            _input_backward(
-                dt_row, bias_block, D_block, x_c[k], delta_c[k], dy_t, du_t, ddelta_t, one,
-                dx[i, t, first:last], ddt[i, t, first:last], dD_block,
-            )  # fmt: skip
+            B_t, C_t = _row(B, strides[2], i, t0 + k, 0, states), _row(C, strides[3], i, t0 + k, 0, states)
+            _retreat(g, decay[k], u_c[k], B_t, C_t, dy_c[k], du_c[k], dB[i, block, t0 + k])
+            _decay_gradients(g, h[k], h[k + 1], rates, dy_c[k], zero, dlog_c[k], dC[i, block, t0 + k])
+            _rate_gradients(g, h[k], delta_c[k], dA_block)
+        _step_gradients(dt_c, bias_block, x_c, du_c, steps, one, ln2, dlog_c)
+        _input_gradients(D_block, delta_c, dy_c, steps, du_c)
+        _skip_gradients(x_c, dy_c, steps, dD_block)
+        _store_tokens(du_c, dx, i, t0, steps, first, used)
+        _store_tokens(dlog_c, ddt, i, t0, steps, first, used)
+        _store_tokens(y_c, dz, i, t0, steps, first, used)
     for d in range(used):
         dD[i, first + d] = dD_block[d]
         for n in range(states):
@@ -233,15 +327,16 @@ def _backward_job(
 
 @_compile
 def backward(
-    x, dt, dt_bias, A, B, C, D, z, strides, starts, dout, dfinal, dx, ddt, dA, dB, dC, dD, dz, dinitial
+    x, dt, dt_bias, A, B, C, D, z, dout, strides, starts, dfinal, dx, ddt, dA, dB, dC, dD, dz, dinitial
 ):  # fmt: skip
     """All gradients. dA (B, D, N) and dD (B, D) per sequence, dB and dC (B, blocks, L, N) per block; the caller adds.
 
-    ddt is the gradient before bias and softplus; its sum over batch and tokens is the gradient of ``dt_bias``.
+    ``strides[i]`` holds (batch, token) of x, dt, B, C, z, dout in that order. ddt is the gradient before bias and
+    softplus; its sum over batch and tokens is the gradient of ``dt_bias``.
     """
     blocks = (A.shape[0] + WIDTH - 1) // WIDTH
-    for job in numba.prange(dout.shape[0] * blocks):
+    for job in numba.prange(dx.shape[0] * blocks):
         _backward_job(
-            x, dt, dt_bias, A, B, C, D, z, strides, starts, dout, dfinal, dx, ddt, dA, dB, dC, dD, dz, dinitial,
+            x, dt, dt_bias, A, B, C, D, z, dout, strides, starts, dfinal, dx, ddt, dA, dB, dC, dD, dz, dinitial,
             job // blocks, job % blocks,
         )  # fmt: skip
