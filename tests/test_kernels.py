@@ -370,15 +370,16 @@ def test_a_nan_in_one_channel_is_a_nan_score(compiled) -> None:
 
 
 def test_backends_are_chosen_by_name_and_only_auto_may_choose() -> None:
-    assert backend_names() == ["auto", "numba", "reference"]
-    assert available_backends("cpu") == {"numba": None, "reference": None}
-    assert resolve("auto", "cpu").name == "numba" and resolve("auto", "cuda").name == "reference"
+    assert backend_names() == ["auto", "triton", "numba", "reference", "mamba_ssm", "causal_conv1d"]
+    assert {name for name, reason in available_backends("cpu").items() if reason is None} == {"numba", "reference"}
+    assert resolve("auto", "cpu").name == "numba" and resolve("auto", "cuda").name == "triton"
     assert resolve("reference", "cpu").selective_scan is reference.selective_scan
     assert resolve("numba", "cpu").global_impact is cpu.global_impact
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "says"), [("triton", "cpu", "auto, numba, reference"), ("numba", "cuda", "not for cuda")]
+    ("name", "device", "says"),
+    [("triton", "cpu", "not for cpu"), ("numba", "cuda", "not for cuda"), ("nimba", "cpu", "use one of auto, .*numba")],
 )
 def test_a_backend_that_cannot_run_is_an_error(name: str, device: str, says: str) -> None:
     with pytest.raises(InputError, match=f"backend: '{name}'.*{says}"):
