@@ -89,8 +89,8 @@ def test_only_a_partly_filled_round_is_cut(monkeypatch: pytest.MonkeyPatch) -> N
     split = [launch.forward_split(programs, 256, device) for programs in (128, 192, 528, 640, 1000, 1536, 5120)]
     assert split == [(0, 4), (0, 2), (528, 1), (528, 4), (1000, 1), (1536, 1), (5120, 1)]
     assert launch.forward_split(192, 32, device) == (192, 1) and launch.forward_split(768, 32, device) == (528, 2)
-    blocks = [launch.forward_block(*shape, device)[0] for shape in ((8, 5120), (8, 1536), (1, 5120), (1, 8448))]
-    assert blocks == [16, 16, 8, 16]
+    blocks = [launch.forward_block(*shape, device)[0] for shape in ((8, 5120), (16, 1536), (8, 1536), (1, 5120))]
+    assert blocks == [16, 16, 8, 8]
     parts = [launch.segments(programs, 256, device) for programs in (640, 1536, 3072)]
     assert parts == [8, 2, 1]
 

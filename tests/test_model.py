@@ -388,7 +388,7 @@ def test_a_config_is_plain_data_and_back() -> None:
 
 def test_an_unknown_backend_criterion_or_schedule_is_named() -> None:
     for make, says in (
-        (lambda: tiny_model(backend="triton"), "backend: 'triton'"),
+        (lambda: tiny_model(backend="tritn"), "backend: 'tritn' is unknown"),
         (lambda: tiny_model().sparsified(criterion="globl_impact", final_keep=0.1), "did you mean global_impact"),
         (lambda: tiny_model().sparsified(schedule="lineer", final_keep=0.1), "did you mean linear"),
         (lambda: tiny_model().sparsified(schedule="linear", keep=0.1), "unknown option 'keep'"),

@@ -2,7 +2,8 @@
 
 Measured on an H200 with 16 states. One warp to a program: nothing then waits at a barrier. Sixteen channels to a
 program where there are enough programs to keep every scheduler busy (0.68 ms against 0.87 at 8 x 2048 x 5120), eight
-where there are not (1.27 against 1.50 at 1 x 16384 x 5120); the backward pass holds too much for sixteen.
+where there are not (1.27 against 1.50 at 1 x 16384 x 5120, 0.286 against 0.306 at 8 x 2048 x 1536); the backward
+pass holds too much for sixteen.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def _schedulers(device: torch.device) -> int:
 
 def forward_block(batch: int, channels: int, device: torch.device) -> tuple[int, int]:
     """Channels of a program of the forward pass and its stages of prefetch."""
-    return (16, 4) if batch * -(-channels // 16) >= _schedulers(device) else (8, 6)
+    return (16, 4) if batch * -(-channels // 16) >= 2 * _schedulers(device) else (8, 6)
 
 
 def forward_split(programs: int, windows: int, device: torch.device) -> tuple[int, int]:
