@@ -196,8 +196,6 @@ def _impact(
     x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C_boundary: Tensor, gate: Tensor, reduce: str,
     gated: bool,
 ) -> Tensor:  # fmt: skip
-    import math
-
     import numpy as np
 
     from simba_lab.kernels.cpu import impact
@@ -207,7 +205,7 @@ def _impact(
     partial = x.new_empty(batch, -(-channels // impact.WIDTH), length)
     (x_, dt_, B_), strides = _flat(x, dt, B)
     array = partial.numpy()
-    vanished = array.dtype.type(math.log(np.finfo(array.dtype).tiny))
+    vanished = array.dtype.type(np.finfo(array.dtype).minexp)
     code = {"max": impact.MAX, "absmax": impact.ABSMAX, "l2": impact.L2}[reduce]
     impact.scores(
         x_, dt_, _array(dt_bias), _array(A), B_, _array(C_boundary), _array(gate), strides, code, vanished, array

@@ -10,10 +10,11 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from simba_lab.kernels.cpu.elementary import FAST, exp, softplus
+from simba_lab.kernels.cpu.elementary import FAST, exp2, softplus
 
 WIDTH = 64
 MAX, ABSMAX, L2 = 0, 1, 2
+LOG2E = 1.4426950408889634
 
 _compile = numba.njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
 _inner = numba.njit(fastmath=FAST, error_model="numpy")
@@ -46,29 +47,52 @@ def _reduced(impact, reduce):
 
 
 @_inner
-def _impacts(alive, A_block, later, B_row, C_row, x_t, delta_t, total, impact):
-    """Impact of one token, per channel of the block."""
-    for d in range(WIDTH):
-        total[d] = 0
-    for n in range(alive.size):
-        if alive[n]:
-            weight = B_row[n] * C_row[n]
-            A_n = A_block[n]
-            for d in range(WIDTH):
-                total[d] += exp(later[d] * A_n[d]) * weight
+def _weigh(alive, count, B_row, C_row, weights):
+    for m in range(count):
+        weights[m] = B_row[alive[m]] * C_row[alive[m]]
+
+
+@_inner
+def _sum_states(rates, weights, count, later, total):
+    """``total`` (WIDTH,): the decays of one token, weighted and added over the states."""
+    for m in range(count):
+        weight, rates_m = weights[m], rates[m]
+        for d in range(WIDTH):
+            total[d] += exp2(later[d] * rates_m[d]) * weight
+
+
+@_inner
+def _impacts(total, delta_t, x_t, later, impact):
+    """Impact of one token, per channel of the block; ``later`` moves on."""
     for d in range(WIDTH):
         impact[d] = total[d] * delta_t[d] * x_t[d]
+    for d in range(WIDTH):
         later[d] += delta_t[d]
 
 
 @_inner
-def _mark_alive(alive, A_block, later, exponent, used, vanished):
-    """A state whose decays are all 0 in this block stays so for every earlier token."""
-    for n in range(alive.size):
-        A_n = A_block[n]
+def _load_token(x_row, gate_row, dt_row, bias_row, one, x_t, delta_t):
+    """Two loops: LLVM makes vector instructions only of loops that touch few arrays (see scan.py)."""
+    for d in range(x_row.size):
+        x_t[d] = x_row[d] * gate_row[d]
+    for d in range(dt_row.size):
+        delta_t[d] = softplus(dt_row[d] + bias_row[d], one)
+
+
+@_inner
+def _leave_out_vanished(alive, count, rates, later, exponent, used, vanished):
+    """Number of states that remain, moved to the front; one whose decays are all 0 stays so for earlier tokens."""
+    remaining = 0
+    for m in range(count):
+        rates_m, target = rates[m], rates[remaining]
         for d in range(used):
-            exponent[d] = later[d] * A_n[d]
-        alive[n] = _largest(exponent[:used]) > vanished
+            exponent[d] = later[d] * rates_m[d]
+        if _largest(exponent[:used]) > vanished:
+            for d in range(WIDTH):
+                target[d] = rates_m[d]
+            alive[remaining] = alive[m]
+            remaining += 1
+    return remaining
 
 
 @_inner
@@ -77,13 +101,13 @@ def _score_job(x, dt, dt_bias, A, B, C_boundary, gate, strides, reduce, vanished
     first = block * WIDTH
     used = min(WIDTH, channels - first)
     one = dtype.type(1)
-    A_block = np.zeros((states, WIDTH), dtype)
+    rates, weights = np.zeros((states, WIDTH), dtype), np.zeros(states, dtype)
+    alive, count = np.arange(states), states
     later, total, impact = np.zeros(WIDTH, dtype), np.zeros(WIDTH, dtype), np.zeros(WIDTH, dtype)
     x_t, delta_t, exponent = np.zeros(WIDTH, dtype), np.zeros(WIDTH, dtype), np.zeros(WIDTH, dtype)
-    alive = np.ones(states, np.bool_)
     for d in range(used):
         for n in range(states):
-            A_block[n, d] = A[first + d, n]
+            rates[n, d] = A[first + d, n] * LOG2E  # decays are powers of two
     gate_row, bias_row, C_row = gate[i, first : first + used], dt_bias[first : first + used], C_boundary[i]
     for t in range(length - 1, -1, -1):
         x_at = i * strides[0, 0] + t * strides[0, 1] + first
@@ -91,21 +115,22 @@ def _score_job(x, dt, dt_bias, A, B, C_boundary, gate, strides, reduce, vanished
         B_at = i * strides[2, 0] + t * strides[2, 1]
         # Rows are indexed from 0, so that the compiler can tell that no index is negative.
         x_row, dt_row, B_row = x[x_at : x_at + used], dt[dt_at : dt_at + used], B[B_at : B_at + states]
-        for d in range(used):
-            x_t[d] = x_row[d] * gate_row[d]
-            delta_t[d] = softplus(dt_row[d] + bias_row[d], one)
-        _impacts(alive, A_block, later, B_row, C_row, x_t, delta_t, total, impact)
+        _load_token(x_row, gate_row, dt_row, bias_row, one, x_t, delta_t)
+        _weigh(alive, count, B_row, C_row, weights)
+        total[:] = 0
+        _sum_states(rates, weights, count, later, total)
+        _impacts(total, delta_t, x_t, later, impact)
         partial[i, block, t] = _reduced(impact[:used], reduce)
         if t % 16 == 0:
-            _mark_alive(alive, A_block, later, exponent, used, vanished)
+            count = _leave_out_vanished(alive, count, rates, later, exponent, used, vanished)
 
 
 @_compile
 def scores(x, dt, dt_bias, A, B, C_boundary, gate, strides, reduce, vanished, partial):
     """``partial`` (B, blocks, L): per block of channels the maximum, maximum of |.|, or sum of squares.
 
-    ``strides[i]`` holds (batch, token) of x, dt, B; C_boundary (B, N); gate (B, D). ``vanished`` is the exponent below
-    which exp is 0 in this dtype.
+    ``strides[i]`` holds (batch, token) of x, dt, B; C_boundary (B, N); gate (B, D). ``vanished`` is the power of two
+    below which a decay is 0 in this dtype.
     """
     blocks = partial.shape[1]
     for job in numba.prange(partial.shape[0] * blocks):
