@@ -47,7 +47,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         needed = "needed" if key in SIZES[:3] else "otherwise the default"
         model.add_argument(_flag(key), type=int, metavar="N", help=f"a shape of your own: {key} ({needed})")
     window = parser.add_argument_group("window")
-    window.add_argument("--n-context", type=int, required=True, metavar="T", help="tokens that may be pruned")
+    text = "tokens that may be pruned (%(default)s)"
+    window.add_argument("--n-context", type=int, default=2048, metavar="T", help=text)
     window.add_argument("--n-suffix", type=int, default=0, metavar="S", help="dense tokens after them (%(default)s)")
     which = "logits of boundary and suffix, or of all that remain (%(default)s)"
     window.add_argument("--head", choices=["scored", "all"], default="scored", help=which)
