@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,21 @@ def test_eval_prints_and_writes_what_scoring_gives(
         assert f"{row['name']}: {row['quality']:.4f} nats/token" in printed and f"{row['flops'] / 1e9:.3f}" in printed
     assert [row["name"] for row in result["arms"]] == names
     assert "10 test windows" in printed and "FLOPs = 2 x multiply-adds" in result["convention"]
+
+
+@pytest.mark.parametrize("format", ["run", "state-spaces", "transformers"])
+def test_eval_of_a_converted_model_on_a_named_text(
+    format: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """With its own tokenizer it reads what its run reads, and says the same."""
+    run = tiny.lab(tmp_path_factory.getbasetemp()).run
+    assert tiny.simba_lab("convert", run, tmp_path / "model", "--format", format) == 0
+    shutil.copy(run / "tokenizer.json", tmp_path / "model" / "tokenizer.json")
+    data = read_experiment(run / "config.yaml").data.settings
+    sizes = ("--windows", 5, "--n-context", 60, "--n-suffix", 9, "--arms", "dense", "linear:recency@0.6")
+    rows = []
+    for checkpoint, source in ((run, ()), (tmp_path / "model", ("--source", data.source))):
+        given = ("eval", "--checkpoint", checkpoint, *source, *sizes, "--json", tmp_path / "e.json")
+        assert tiny.simba_lab(*map(str, given)) == 0
+        rows.append([arm["quality"] for arm in json.loads((tmp_path / "e.json").read_text())["arms"]])
+    assert rows[0] == pytest.approx(rows[1], abs=1e-5)
