@@ -123,6 +123,13 @@ def test_without_a_state_it_starts_from_zero() -> None:
         assert torch.equal(mine, theirs)
 
 
+def test_rates_and_states_of_any_layout() -> None:
+    given = arguments(2, 9, 5, 4, torch.float32)
+    given |= {"A": given["A"][:1].expand(5, 4), "initial": given["initial"].mT.contiguous().mT}
+    given |= {"D": given["D"][:1].expand(5), "x": given["x"][:1].expand(2, -1, -1)}
+    compare(given, TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("raw", [-14.0, -60.0, 50.0])
 def test_extreme_steps(raw: float) -> None:
     """softplus(-14) is 8e-7, softplus(-60) is 9e-27, softplus(50) is 50: finite and right."""

@@ -177,9 +177,9 @@ def selective_scan(
     if x.shape[1] == 0:
         empty = x.new_zeros(x.shape[0], *A.shape, dtype=torch.float32)
         return torch.empty_like(x), empty if initial is None else initial.float()
+    # Only what is per token may be strided: a slice of a wider tensor.
+    A, initial = A.contiguous(), None if initial is None else initial.contiguous()
     inputs = [t if t is None else _channels_last(t) for t in (x, dt, dt_bias, A, B, C, D, z, initial)]
     keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    if initial is not None:
-        inputs[8] = inputs[8].contiguous()
     out, final, _ = _scan(*inputs, keep_states)
     return out, final
