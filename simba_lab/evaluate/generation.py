@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ from torch import Tensor
 from simba_lab.data import Tokenizer
 from simba_lab.errors import InputError
 from simba_lab.evaluate.scoring import chunks, context_batches, rows_of
-from simba_lab.model import LanguageModel, LayerState
+from simba_lab.model import CapturedDecoder, LanguageModel, LayerState, Output
 
 DEFAULT_TOKENS = 256
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 OPTIONS = ("until", *LENGTH_NAMES, "do_sample", "temperature", "top_p", "top_k", "seed")
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What bytes that form no whole character are decoded to."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,7 @@ class _Writer:
 
     def choose(self, logits: Tensor) -> int:
         """The next token from logits (V,)."""
-        known = logits[: self._tokenizer.vocab_size]
-        if self._decoding.temperature == 0:
-            return int(known.argmax())
-        return sample(known.double().cpu(), self._decoding, self._generator)
+        return choose(logits[: self._tokenizer.vocab_size], self._decoding, self._generator)
 
     def accept(self, token: int) -> bool:
         """Append a token; False when the text has come to its end."""
@@ -144,6 +143,69 @@ class _Writer:
         if ends:
             self.text = self.text[: min(ends)]
         return not ends and len(self._tokens) < self._decoding.max_tokens
+
+
+@torch.no_grad()
+def continuation(
+    model: LanguageModel, prefilled: Output, decoding: Decoding, tokenizer: Tokenizer, generator: torch.Generator
+) -> Iterator[int]:
+    """Token ids after a prefilled context (one sequence), each as soon as it is chosen.
+
+    Ends before the end-of-text token or after ``decoding.max_tokens``; ``decoding.until``, which is about text, is the
+    caller's business. Only ids that the tokenizer knows are chosen. On a CUDA device steps are replayed as graphs.
+    """
+    feed, logits = _feeder(model, prefilled.states), prefilled.logits
+    for place in range(decoding.max_tokens):
+        token = choose(logits[0, -1, : tokenizer.vocab_size], decoding, generator)
+        if token == tokenizer.eot_id:
+            return
+        yield token
+        if place + 1 < decoding.max_tokens:
+            logits = feed(torch.tensor([[token]], device=logits.device))
+
+
+def _feeder(model: LanguageModel, states: list[LayerState]) -> Callable[[Tensor], Tensor]:
+    """What feeds one token (1, 1) after another to ``states`` and gives the logits (1, 1, V) of the next."""
+    if model.device.type == "cuda":
+        decoder = CapturedDecoder(model, batch=1)
+        decoder.start(states, torch.zeros(1, 1, dtype=torch.int64, device=model.device))
+        return decoder.step
+
+    def feed(token: Tensor) -> Tensor:
+        nonlocal states
+        logits, states = model.extend(token, states)
+        return logits
+
+    return feed
+
+
+class TextStream:
+    """Text of token ids that come one by one, in pieces that never cut a character in two.
+
+    The pieces joined are what the tokenizer decodes from all ids at once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._waiting = tokenizer, []
+
+    def push(self, token: int) -> str:
+        """The text that ``token`` completes; empty while bytes of a character are missing."""
+        self._waiting.append(token)
+        text = self._tokenizer.decode(self._waiting)
+        return "" if text.endswith(INCOMPLETE) else self.finish()
+
+    def finish(self) -> str:
+        """What is left, an unfinished character as U+FFFD."""
+        text = self._tokenizer.decode(self._waiting)
+        self._waiting = []
+        return text
+
+
+def choose(logits: Tensor, decoding: Decoding, generator: torch.Generator) -> int:
+    """The next token from logits (V,): the most likely one at temperature 0, else drawn with ``generator``."""
+    if decoding.temperature == 0:
+        return int(logits.argmax())
+    return sample(logits.double().cpu(), decoding, generator)
 
 
 def sample(logits: Tensor, decoding: Decoding, generator: torch.Generator) -> int:
