@@ -200,7 +200,12 @@ def _fp32_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_fp32_only")
 def test_every_kernel_is_checked_then_timed() -> None:
-    result = kernels.bench_kernels(session(), TINY_SUITE, odd=Size(1, 7, 10, 3))
+    here, kept = session(), []
+    here.keep = kept.append
+    result = kernels.bench_kernels(here, TINY_SUITE, odd=Size(1, 7, 10, 3))
+    # What a time limit would cut short is not lost: the result so far is handed on after every op.
+    assert len(kept) == len(TINY_SUITE) and kept[-1] == result
+    assert [len(so_far["lines"]) for so_far in kept] == sorted(len(so_far["lines"]) for so_far in kept)
     assert result["exit_code"] == 0 and len(result["checks"]) == 22
     assert all(record["error"] <= record["allowed"] for record in result["checks"])
     names = [line["what"].split(",")[0] for line in result["lines"]]

@@ -61,7 +61,9 @@ def bench_kernels(session: Session, suite: Mapping[str, Entry], odd: Size = ODD)
         for subject in [] if red else subjects:
             session.progress(subject.what)
             lines += attempt(subject.what, partial(measure, subject, generator, ceilings, 3 * session.repeats))
-    return result("kernels", lines, session.checks, backend=backend.name, seed=session.seed, ceilings=ceilings)
+        so_far = result("kernels", lines, session.checks, backend=backend.name, seed=session.seed, ceilings=ceilings)
+        session.keep(so_far)
+    return so_far
 
 
 def _check_all(subjects: Sequence[Subject], generator: torch.Generator, session: Session) -> list[Line]:

@@ -27,13 +27,15 @@ _C = TypeVar("_C", bound=Case)
 class Session:
     """Where and how to measure; ``checks`` gathers the records of what was checked.
 
-    ``ceilings`` are measured on the device unless given.
+    ``ceilings`` are measured on the device unless given. ``keep`` is given the result so far after every case: what a
+    time limit cuts short is not lost.
     """
 
     device: torch.device
     seed: int
     backend: str
     progress: Callable[[str], None]
+    keep: Callable[[dict[str, Any]], None] = lambda result: None
     repeats: int = 9
     given_ceilings: Ceilings | None = None
     checks: list[dict[str, Any]] = field(default_factory=list)
@@ -51,6 +53,10 @@ class Session:
             for case in cases:
                 self.progress(case.what)
                 lines += attempt(case.what, lambda case=case: measure(case, self))
+                self.keep(self._result(name, lines))
+        return self._result(name, lines)
+
+    def _result(self, name: str, lines: list[Line]) -> dict[str, Any]:
         return result(name, lines, self.checks, backend=self.backend, seed=self.seed, ceilings=self.ceilings)
 
     def _check(self) -> list[Line]:

@@ -186,11 +186,17 @@ def _gpu(args: argparse.Namespace, measure: Callable[[Session], dict[str, Any]])
     """A bench on the CUDA device, its table printed. Raises InputError without one or for a backend that cannot run."""
     device = _cuda_device(args.target)
     from simba_lab.bench.session import Session
+    from simba_lab.files import finite, write_json
     from simba_lab.kernels import resolve
 
     resolve(args.backend, device.type)
     seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
-    result = with_progress(lambda show: measure(Session(device, seed, args.backend, show)))
+
+    def keep(so_far: dict[str, Any]) -> None:
+        if args.json is not None:
+            write_json(args.json, finite(so_far))
+
+    result = with_progress(lambda show: measure(Session(device, seed, args.backend, show, keep)))
     console().print(gpu_table(result))
     return result
 

@@ -12,7 +12,6 @@ import argparse
 import importlib
 import importlib.metadata
 import importlib.util
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from simba_lab.errors import BudgetMismatch, InputError
-from simba_lab.files import write_json
+from simba_lab.files import finite, write_json
 
 PROG = "simba-lab"
 INTERRUPTED = 130
@@ -111,7 +110,7 @@ def _run_command(name: str, arguments: list[str]) -> int:
         _check_writable(args.json)
     result = module.run(args)
     if args.json is not None:
-        write_json(args.json, _plain(result))
+        write_json(args.json, finite(result))
     return result.get("exit_code", 0)
 
 
@@ -148,17 +147,6 @@ def _check_writable(path: Path) -> None:
         raise InputError(f"--json: {path} is a folder; name a file")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"--json: {path.parent} is not a folder that can be written to")
-
-
-def _plain(value: Any) -> Any:
-    """The same data with null for NaN and infinities, which JSON cannot express."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _one_line(text: str) -> str:
