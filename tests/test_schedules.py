@@ -209,7 +209,7 @@ def test_rising_knots_and_a_highway_above_the_roof_are_refused() -> None:
 
 
 def test_a_mean_keep_that_cannot_be_reached_names_the_reach() -> None:
-    with pytest.raises(InputError, match="mean_keep 0.3 is out of its reach on 4 layers, which is 0.500 to 1.000"):
+    with pytest.raises(InputError, match="mean_keep 0.3 is out of its reach on 4 layers, which is 0.501 to 1.000"):
         build_schedule("highway_top").with_mean_keep(0.3, 4)
 
 

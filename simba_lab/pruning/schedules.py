@@ -76,7 +76,7 @@ class KeepSchedule(ABC):
         if not mean(low) - 1e-9 <= mean_keep <= mean(high) + 1e-9:
             raise InputError(
                 f"schedule {name}: mean_keep {mean_keep} is out of its reach on {n_layers} layers, "
-                f"which is {mean(low):.3f} to {mean(high):.3f}"
+                f"which is {math.ceil(1000 * mean(low)) / 1000:.3f} to {math.floor(1000 * mean(high)) / 1000:.3f}"
             )
         for _ in range(60):
             middle = (low + high) / 2
