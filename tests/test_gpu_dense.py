@@ -298,7 +298,7 @@ check("conv-forward", conv._forward_kernel, 2, x=half, weight=wide, bias=wide, i
 check("conv-backward", conv._backward_kernel, 4, x=half, weight=wide, bias=wide, initial=None, dout=half, dlast=None,
       dx=half, dinitial=None, partial=wide, GROUP=conv.BACKWARD.group, **shape)
 check("conv-reduce", conv._reduce_kernel, 4, partial=wide, dweight=wide, dbias=wide, W=4, ROWS=32, BLOCK=64)
-block, warps = norm._layout(2560)
+block, warps = norm.row_layout(2560)
 check("norm-forward", norm._forward_kernel, warps, hidden=half, residual=wide, weight=wide, normed=half, stream=wide,
       inverse=wide, eps="fp32", BLOCK=block)
 check("norm-backward", norm._backward_kernel, warps, stream=wide, inverse=wide, weight=wide, dnormed=half,

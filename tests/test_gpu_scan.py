@@ -83,6 +83,16 @@ def test_segments_of_the_forward_pass_do_not_show(
         assert torch.equal(mine, theirs)
 
 
+def test_channels_to_a_program_do_not_show(nan_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit: how many a program takes depends on the batch, what a sequence gives must not."""
+    given, results = arguments(2, 13, 24, 4, torch.float32), []
+    for shape in ((8, 6), (16, 4)):
+        monkeypatch.setattr(launch, "forward_block", lambda batch, channels, device, shape=shape: shape)
+        results.append(scan._scan(*given.values(), True))
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_only_a_partly_filled_round_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_schedulers", lambda device: 528)
     device = torch.device("cpu")

@@ -298,7 +298,7 @@ spills("heads", ssd_backward.head_gradients, 8, **tensor, STATES=64)
 spills("vectors", ssd_backward.vector_gradients, 8, **tensor, STATES=N, STAGES=2)
 spills("later", ssd_scores.sum_later, 1, CHUNK=64, BLOCK=256)
 spills("impact", ssd_scores.reduce_impacts, 2, **shape, STATES=N, TOKENS=16, REDUCE=0, STAGES=4)
-block, warps = gated_norm._layout(5120)
+block, warps = gated_norm.row_layout(5120)
 spills("norm", gated_norm._forward_kernel, warps, BLOCK=block)
 spills("norm-back", gated_norm._backward_kernel, warps, BLOCK=block)
 """

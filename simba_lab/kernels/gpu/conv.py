@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simba_lab.errors import InputError
+from simba_lab.kernels.gpu.launch import last_contiguous
 
 
 @dataclass(frozen=True)
@@ -233,10 +234,6 @@ def _layout(batch: int, tokens: int, channels: int, tiling: Tiling, per_thread: 
     return block, span, max(1, triton.cdiv(tokens, span)), max(1, block // (32 * per_thread))
 
 
-def _with_contiguous_channels(t: Tensor) -> Tensor:
-    return t if t.stride(2) == 1 else t.contiguous()
-
-
 @torch.library.custom_op("simba_lab::causal_conv_triton", mutates_args=())
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, length, channels = x.shape
@@ -244,7 +241,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None) -> tu
     out, last = x.new_empty(batch, length, channels), x.new_empty(batch, width - 1, channels)
     if last.numel() == 0:
         return out, last
-    x = _with_contiguous_channels(x)
+    x = last_contiguous(x)
     group = min(FORWARD.group, triton.next_power_of_2(max(1, length)))
     block, span, pieces, warps = _layout(batch, length, channels, FORWARD, per_thread=16 // x.element_size())
     with torch.cuda.device_of(x):
@@ -270,7 +267,7 @@ def _conv_backward(
     dx, dweight, dbias, dinitial = _gradients_like(x, weight, bias, initial)
     if batch * channels == 0:
         return dx, dweight.zero_(), dbias.zero_(), dinitial
-    x, dout = _with_contiguous_channels(x), _with_contiguous_channels(dout)
+    x, dout = last_contiguous(x), last_contiguous(dout)
     # Four channels per thread: the sums and windows of eight do not fit into registers.
     block, span, pieces, warps = _layout(batch, length + width - 1, channels, BACKWARD, per_thread=4)
     partial = x.new_empty(batch * pieces, width + 1, channels, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -78,14 +78,20 @@ def unstack(tile, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _join(parts):
+    """Eight tensors as one, with three more axes of two whose order is that of the eight."""
+    even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
+    odd = tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7]))
+    return tl.join(even, odd)
+
+
+@triton.jit
 def sum_channels(parts, CHANNELS: tl.constexpr, STATES: tl.constexpr):
     """(8, STATES): the sums over channels of eight tiles (CHANNELS, STATES).
 
     Folding in halves, with all eight at hand, moves every element once; a sum of each would move it three times.
     """
-    even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
-    odd = tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7]))
-    tile = tl.reshape(tl.join(even, odd), (CHANNELS, STATES * 8))
+    tile = tl.reshape(_join(parts), (CHANNELS, STATES * 8))
     tile = _fold(tile, CHANNELS, STATES * 8)
     if CHANNELS > 2:
         tile = _fold(tile, CHANNELS // 2, STATES * 8)
@@ -103,6 +109,4 @@ def _fold(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def stack(rows, COLUMNS: tl.constexpr):
     """The tile (8, COLUMNS) of eight rows (COLUMNS,): the inverse of :func:`unstack`."""
-    even = tl.join(tl.join(rows[0], rows[4]), tl.join(rows[2], rows[6]))
-    odd = tl.join(tl.join(rows[1], rows[5]), tl.join(rows[3], rows[7]))
-    return tl.trans(tl.reshape(tl.join(even, odd), (COLUMNS, 8)))
+    return tl.trans(tl.reshape(_join(rows), (COLUMNS, 8)))

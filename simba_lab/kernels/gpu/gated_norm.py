@@ -12,16 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a row per thread: two 16-byte accesses of a 16-bit dtype, four of fp32.
-PER_THREAD, MAX_WARPS = 16, 16
-# Elements that all programs of the backward hold at once; it sets the number of partial sums of the weight's gradient.
-HELD = 2**20
-
-
-@triton.jit
-def _at(tensor, row, length, batch_stride, token_stride):
-    """Where token ``row`` of all tokens of all sequences begins."""
-    return tensor + (row // length * batch_stride + row % length * token_stride)
+from simba_lab.kernels.gpu.norm import HELD, as_tokens, row_layout, start_of
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -32,8 +23,8 @@ def _forward_kernel(
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, BLOCK)
     inside, channel = d < width, group * width + d
-    gate = tl.load(_at(z, row, length, z_batch, z_token) + channel, mask=inside, other=0).to(ACC)
-    gated = tl.load(_at(y, row, length, y_batch, y_token) + channel, mask=inside, other=0).to(ACC)
+    gate = tl.load(z + start_of(row, length, z_batch, z_token) + channel, mask=inside, other=0).to(ACC)
+    gated = tl.load(y + start_of(row, length, y_batch, y_token) + channel, mask=inside, other=0).to(ACC)
     gated *= gate / (1.0 + tl.exp(-gate))
     scale = tl.load(weight + channel, mask=inside, other=0).to(ACC)
     inverse_rms = tl.rsqrt(tl.sum(gated * gated, 0) / width + eps)
@@ -54,9 +45,9 @@ def _backward_kernel(
     first = tl.program_id(0).to(tl.int64) * stretch
     for i in range(0, tl.minimum(stretch, rows - first)):
         row = first + i
-        slope = tl.load(_at(dout, row, length, dout_batch, dout_token) + channel, mask=inside, other=0).to(ACC)
-        gate = tl.load(_at(z, row, length, z_batch, z_token) + channel, mask=inside, other=0).to(ACC)
-        value = tl.load(_at(y, row, length, y_batch, y_token) + channel, mask=inside, other=0).to(ACC)
+        slope = tl.load(dout + start_of(row, length, dout_batch, dout_token) + channel, mask=inside, other=0).to(ACC)
+        gate = tl.load(z + start_of(row, length, z_batch, z_token) + channel, mask=inside, other=0).to(ACC)
+        value = tl.load(y + start_of(row, length, y_batch, y_token) + channel, mask=inside, other=0).to(ACC)
         inverse_rms = tl.load(inverse + row * groups + group)
         sigmoid = 1.0 / (1.0 + tl.exp(-gate))
         silu = gate * sigmoid
@@ -71,26 +62,14 @@ def _backward_kernel(
     tl.store(partial + tl.program_id(0).to(tl.int64) * groups * width + channel, share, mask=inside)
 
 
-def _layout(width: int) -> tuple[int, int]:
-    """Row length in a program and warps."""
-    block = triton.next_power_of_2(width)
-    return block, min(MAX_WARPS, max(1, block // (32 * PER_THREAD)))
-
-
-def _three(t: Tensor) -> Tensor:
-    """``t`` (..., D) as (B, L, D) with contiguous channels; a copy only where strides demand it."""
-    t = t if t.ndim == 3 else t.reshape(1, -1, t.shape[-1])
-    return t if t.stride(2) == 1 else t.contiguous()
-
-
 @torch.library.custom_op("simba_lab::gated_rms_norm_triton", mutates_args=())
 def _norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor]:
     out, inverse = _outputs(y, groups)
     if out.numel() == 0:
         return out, inverse
-    y, z = _three(y), _three(z)
+    y, z = as_tokens(y), as_tokens(z)
     width = y.shape[2] // groups
-    block, warps = _layout(width)
+    block, warps = row_layout(width)
     with torch.cuda.device_of(y):
         _forward_kernel[(inverse.numel() // groups, groups)](
             y, z, weight.contiguous(), out, inverse, eps, y.shape[1], width, groups, *y.stride()[:2], *z.stride()[:2],
@@ -117,10 +96,10 @@ def _norm_backward(
     dy, dz, dweight = _gradients_like(y, z, weight)
     if y.numel() == 0:
         return dy, dz, dweight.zero_()
-    y, z, dout = _three(y), _three(z), _three(dout)
+    y, z, dout = as_tokens(y), as_tokens(z), as_tokens(dout)
     groups, channels = inverse.shape[-1], y.shape[2]
     rows, width = inverse.numel() // groups, channels // groups
-    block, warps = _layout(width)
+    block, warps = row_layout(width)
     stretch = triton.cdiv(rows, max(1, HELD // (block * groups)))
     parts = triton.cdiv(rows, stretch)
     partial = inverse.new_empty(parts, channels)

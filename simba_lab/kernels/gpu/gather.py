@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from simba_lab.kernels.gpu.launch import last_contiguous
+
 # Elements of a row per thread: two 16-byte accesses of a 16-bit dtype, four of fp32.
 PER_THREAD, MAX_WARPS = 16, 16
 
@@ -57,14 +59,10 @@ def _run(hidden: Tensor, residual: Tensor, chosen: Tensor, short: tuple[Tensor, 
         )  # fmt: skip
 
 
-def _channels_last(stream: Tensor) -> Tensor:
-    return stream if stream.stride(2) == 1 else stream.contiguous()
-
-
 @torch.library.custom_op("simba_lab::keep_tokens_triton", mutates_args=())
 def _keep(hidden: Tensor, residual: Tensor, chosen: Tensor, present: int) -> tuple[Tensor, Tensor]:
     short = _shortened(hidden, residual, chosen, present)
-    _run(_channels_last(hidden), _channels_last(residual), chosen, short, present, back=False)
+    _run(last_contiguous(hidden), last_contiguous(residual), chosen, short, present, back=False)
     return short
 
 

@@ -18,10 +18,6 @@ LONGEST_WALK = 32
 REDUCTIONS = ("max", "absmax", "l2")
 
 
-def _last_contiguous(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def _stretches(length: int, channels: int) -> tuple[int, int]:
     """Stretches that a sequence is cut into, and chunks in each."""
     chunks, strips = triton.cdiv(length, CHUNK), triton.cdiv(channels, STRIP)
@@ -67,9 +63,9 @@ def _impact(
     scores = x.new_empty(batch, length, dtype=torch.float32)
     if scores.numel() == 0:
         return scores
-    x, dt, B, C_boundary = map(_last_contiguous, (x, dt, B, C_boundary))
+    x, dt, B, C_boundary = map(launch.last_contiguous, (x, dt, B, C_boundary))
     dt_bias, A = dt_bias.contiguous(), A.contiguous()
-    gate = None if gate is None else _last_contiguous(gate)
+    gate = None if gate is None else launch.last_contiguous(gate)
     stretches, walk = _stretches(length, channels)
     strips, fast, code = triton.cdiv(channels, STRIP), launch.on_gpu(x), REDUCTIONS.index(reduce)
     with torch.cuda.device_of(x):

@@ -33,7 +33,7 @@ _MAX, _ABSMAX, _L2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _larger(a, b):
+def larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -168,7 +168,7 @@ def _reduced(values, AXIS: tl.constexpr, REDUCE: tl.constexpr, FAST: tl.constexp
     if REDUCE == _L2:
         return tl.sum(values, AXIS)
     if FAST:
-        return tl.reduce(values, AXIS, _larger)
+        return tl.reduce(values, AXIS, larger)
     return tl.max(values, AXIS, return_indices=True)[0]  # in the interpreter this maximum keeps NaN, and is much faster
 
 
@@ -280,7 +280,7 @@ def combine_strips(
         at = partial + (batch * strips + strip)[:, None] * length + token[None, :]
         values = tl.load(at, mask=(strip < strips)[:, None] & exists[None, :], other=nothing)
         block = _reduced(values, 0, REDUCE, FAST)
-        result = result + block if REDUCE == _L2 else _larger(result, block)
+        result = result + block if REDUCE == _L2 else larger(result, block)
     if REDUCE == _L2:
         result = tl.sqrt(result)
     tl.store(scores + batch * length + token, result, mask=exists)

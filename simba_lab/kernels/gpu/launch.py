@@ -1,9 +1,9 @@
-"""How many programs of what size the scan is started with: fixed rules of the shapes, so that runs repeat exactly.
+"""How kernels are started: operands they can read, and for the scan how many programs of what size.
 
-Measured on an H200 with 16 states. One warp to a program: nothing then waits at a barrier. Sixteen channels to a
-program where there are enough programs to keep every scheduler busy (0.68 ms against 0.87 at 8 x 2048 x 5120), eight
-where there are not (1.27 against 1.50 at 1 x 16384 x 5120, 0.286 against 0.306 at 8 x 2048 x 1536); the backward
-pass holds too much for sixteen.
+Fixed rules of the shapes, so that runs repeat exactly. Measured on an H200 with 16 states: one warp to a program, so
+that nothing waits at a barrier. Sixteen channels to a program where there are enough programs to keep every scheduler
+busy (0.68 ms against 0.87 at 8 x 2048 x 5120), eight where there are not (1.27 against 1.50 at 1 x 16384 x 5120, 0.286
+against 0.306 at 8 x 2048 x 1536); the backward pass holds too much for sixteen.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ BACKWARD_STAGES = 3
 _MAX_SEGMENTS = 8
 _ROUNDS = 4
 """From so many programs to a scheduler on, an uneven last round no longer shows."""
+
+
+def last_contiguous(t: Tensor) -> Tensor:
+    """``t`` with contiguous channels, as every kernel reads it; a copy only where strides demand it."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def on_gpu(t: Tensor) -> bool:

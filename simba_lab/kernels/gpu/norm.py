@@ -19,7 +19,7 @@ HELD = 2**20
 
 
 @triton.jit
-def _start(row, length, batch_stride, token_stride):
+def start_of(row, length, batch_stride, token_stride):
     """Offset of a row in a tensor (B, L, D) of any strides over batch and length."""
     return row // length * batch_stride + row % length * token_stride
 
@@ -34,9 +34,9 @@ def _forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside = d < channels
-    total = tl.load(hidden + _start(row, length, hidden_batch, hidden_token) + d, mask=inside, other=0).to(ACC)
+    total = tl.load(hidden + start_of(row, length, hidden_batch, hidden_token) + d, mask=inside, other=0).to(ACC)
     if residual is not None:
-        before = residual + _start(row, length, residual_batch, residual_token)
+        before = residual + start_of(row, length, residual_batch, residual_token)
         total += tl.load(before + d, mask=inside, other=0).to(ACC)
     scale = tl.load(weight + d, mask=inside, other=0).to(ACC)
     tl.store(stream + row * channels + d, total, mask=inside)
@@ -61,7 +61,7 @@ def _backward_kernel(
     first = tl.program_id(0).to(tl.int64) * stretch
     for i in range(0, tl.minimum(stretch, rows - first)):
         row = first + i
-        given = dnormed + _start(row, length, dnormed_batch, dnormed_token)
+        given = dnormed + start_of(row, length, dnormed_batch, dnormed_token)
         slope = tl.load(given + d, mask=inside, other=0).to(ACC)
         unit = tl.load(stream + row * channels + d, mask=inside, other=0)
         inverse_rms = tl.load(inverse + row)
@@ -70,7 +70,7 @@ def _backward_kernel(
         slope *= scale
         dinput = (slope - unit * (tl.sum(slope * unit, 0) / channels)) * inverse_rms
         if dstream is not None:
-            later = dstream + _start(row, length, dstream_batch, dstream_token)
+            later = dstream + start_of(row, length, dstream_batch, dstream_token)
             dinput += tl.load(later + d, mask=inside, other=0).to(ACC)
         tl.store(dhidden + row * channels + d, dinput.to(dhidden.dtype.element_ty), mask=inside)
         if dresidual is not None:
@@ -78,13 +78,13 @@ def _backward_kernel(
     tl.store(partial + tl.program_id(0).to(tl.int64) * channels + d, share, mask=inside)
 
 
-def _layout(channels: int) -> tuple[int, int]:
+def row_layout(channels: int) -> tuple[int, int]:
     """Row length in a program and warps."""
     block = triton.next_power_of_2(channels)
     return block, min(MAX_WARPS, max(1, block // (32 * PER_THREAD)))
 
 
-def _three(t: Tensor) -> Tensor:
+def as_tokens(t: Tensor) -> Tensor:
     """``t`` (..., D) as (B, L, D) with contiguous channels; a copy only where strides demand it."""
     t = t if t.ndim == 3 else t.reshape(1, -1, t.shape[-1])
     return t if t.stride(2) == 1 else t.contiguous()
@@ -97,9 +97,9 @@ def _norm(
     normed, stream, inverse = _outputs(hidden, dtype)
     if stream.numel() == 0:
         return normed, stream, inverse
-    hidden, residual = _three(hidden), None if residual is None else _three(residual)
+    hidden, residual = as_tokens(hidden), None if residual is None else as_tokens(residual)
     strides = (0, 0) if residual is None else residual.stride()[:2]
-    block, warps = _layout(hidden.shape[2])
+    block, warps = row_layout(hidden.shape[2])
     with torch.cuda.device_of(hidden):
         _forward_kernel[(inverse.numel(),)](
             hidden, residual, weight.contiguous(), normed, stream, inverse, eps, *hidden.shape[1:],
@@ -132,10 +132,10 @@ def _norm_backward(
     dhidden, dresidual, dweight = _gradients_like(stream, weight, dtype, with_residual)
     if stream.numel() == 0:
         return dhidden, dresidual, dweight.zero_()
-    dnormed, dstream = _three(dnormed), None if dstream is None else _three(dstream)
+    dnormed, dstream = as_tokens(dnormed), None if dstream is None else as_tokens(dstream)
     strides = (0, 0) if dstream is None else dstream.stride()[:2]
     rows, channels = inverse.numel(), stream.shape[-1]
-    block, warps = _layout(channels)
+    block, warps = row_layout(channels)
     stretch = triton.cdiv(rows, max(1, HELD // block))
     parts = triton.cdiv(rows, stretch)
     partial = stream.new_empty(parts, channels)

@@ -16,10 +16,6 @@ WINDOW = 64
 """Steps between the states kept for the backward pass, which recomputes those in between."""
 
 
-def _channels_last(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def _paired(B: Tensor, C: Tensor) -> bool:
     """Whether the vectors can be read as pairs of bf16 in one word."""
     return all(
@@ -179,7 +175,7 @@ def selective_scan(
         return torch.empty_like(x), empty if initial is None else initial.float()
     # Only what is per token may be strided: a slice of a wider tensor.
     A, initial = A.contiguous(), None if initial is None else initial.contiguous()
-    inputs = [t if t is None else _channels_last(t) for t in (x, dt, dt_bias, A, B, C, D, z, initial)]
+    inputs = [t if t is None else launch.last_contiguous(t) for t in (x, dt, dt_bias, A, B, C, D, z, initial)]
     keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     out, final, _ = _scan(*inputs, keep_states)
     return out, final

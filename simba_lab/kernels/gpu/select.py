@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simba_lab.kernels import reference
+from simba_lab.kernels.gpu.launch import last_contiguous
 
 HELD = 16384
 """Tokens that one program can hold: 16 keys for each of 1024 threads."""
@@ -106,7 +107,7 @@ def _select(scores: Tensor, k: int, protected: int, positions: Tensor | None) ->
     chosen, at = _outputs(scores, k, positions)
     if chosen.numel() == 0:
         return chosen, at
-    scores, positions = _rows(scores), None if positions is None else _rows(positions)
+    scores, positions = last_contiguous(scores), None if positions is None else last_contiguous(positions)
     is_held, block, out, warps = _layout(scores.shape[1])
     with torch.cuda.device_of(scores):
         _select_kernel[(scores.shape[0],)](
@@ -115,10 +116,6 @@ def _select(scores: Tensor, k: int, protected: int, positions: Tensor | None) ->
             num_warps=warps,
         )  # fmt: skip
     return chosen, at
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 else t.contiguous()
 
 
 def _outputs(scores: Tensor, k: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -71,10 +71,6 @@ class StepSums:
         return self.delta, self.high, self.low
 
 
-def last_contiguous(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def segments(length: int, heads: int) -> int:
     """Stretches of a sequence that are scanned side by side, each from a state found beforehand."""
     return max(1, min(PROGRAMS // heads, length // SEGMENT_TOKENS))
@@ -222,6 +218,6 @@ def ssd(
         empty = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=torch.float32)
         return torch.empty_like(x), empty if initial is None else initial.float()
     dtype = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
-    vectors = [last_contiguous(t.to(dtype)) for t in (x, B, C)]
+    vectors = [launch.last_contiguous(t.to(dtype)) for t in (x, B, C)]
     out, final = _ssd(vectors[0], dt, dt_bias, A, *vectors[1:], D, initial)
     return out.to(x.dtype), final

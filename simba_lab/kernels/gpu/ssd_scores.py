@@ -16,15 +16,11 @@ from simba_lab.errors import InputError
 from simba_lab.kernels.gpu import launch
 from simba_lab.kernels.gpu.elementary import exp2
 from simba_lab.kernels.gpu.impact import REDUCTIONS
-from simba_lab.kernels.gpu.ssd_scan import StepSums, last_contiguous
+from simba_lab.kernels.gpu.impact_kernels import larger
+from simba_lab.kernels.gpu.ssd_scan import StepSums
 
 CHUNK, TOKENS = 64, 16
 _MAX, _ABSMAX, _L2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -76,13 +72,13 @@ def reduce_impacts(
             if REDUCE == _L2:
                 best += impact * impact
             elif REDUCE == _ABSMAX:
-                best = _larger(best, tl.abs(impact))
+                best = larger(best, tl.abs(impact))
             else:
-                best = _larger(best, tl.where((p < P)[None, :], impact, float("-inf")))
+                best = larger(best, tl.where((p < P)[None, :], impact, float("-inf")))
     if REDUCE == _L2:
         score = tl.sqrt(tl.sum(best, 1))
     else:
-        score = tl.reduce(best, 1, _larger)
+        score = tl.reduce(best, 1, larger)
     tl.store(scores + batch * length + t, score, exists)
 
 
@@ -94,7 +90,7 @@ def _impact(
     scores = x.new_empty(batch, length, dtype=torch.float32)
     if scores.numel() == 0:
         return scores
-    x, B, C = map(last_contiguous, (x, B, C_boundary))
+    x, B, C = map(launch.last_contiguous, (x, B, C_boundary))
     gate = None if gate is None else gate.contiguous()
     chunks = triton.cdiv(length, CHUNK)
     later = scores.new_empty(batch, heads, chunks)
