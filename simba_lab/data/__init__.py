@@ -14,6 +14,7 @@ from simba_lab.data.evidence import (
     is_far,
 )
 from simba_lab.data.recall import RecallData, RecallExamples
+from simba_lab.data.recall_text import ANSWERS, Fact, draw_facts, weave
 from simba_lab.data.shards import Shard
 from simba_lab.data.sources import load_documents
 from simba_lab.data.split import split_documents
@@ -22,10 +23,12 @@ from simba_lab.data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
 from simba_lab.data.windows import EvalWindows, TrainingWindows, cut_eval_windows
 
 __all__ = [
+    "ANSWERS",
     "Corpus",
     "CorpusSettings",
     "Document",
     "EvalWindows",
+    "Fact",
     "MultiQueryRecall",
     "Needle",
     "RecallData",
@@ -36,6 +39,7 @@ __all__ = [
     "TrainingWindows",
     "bytes_tokenizer",
     "cut_eval_windows",
+    "draw_facts",
     "evidence_distance",
     "evidence_groups",
     "find_last_occurrence",
@@ -45,5 +49,6 @@ __all__ = [
     "open_corpus",
     "split_documents",
     "train_bpe",
+    "weave",
     "xz_bits_per_byte",
 ]

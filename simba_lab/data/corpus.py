@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from simba_lab.data.document import Document
+from simba_lab.data.recall_text import weave
 from simba_lab.data.shards import Shard, read_shards, write_shard
 from simba_lab.data.sources import CACHE_TAG, load_documents, source_identity
 from simba_lab.data.split import hash_order, split_documents, without_repeats
@@ -22,7 +24,7 @@ from simba_lab.data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
 from simba_lab.errors import InputError
 
 # Part of every cache key: raise it when the same settings would give other shards.
-FORMAT = 1
+FORMAT = 2
 TOKENIZER_TEXT = 25_000_000
 
 
@@ -38,6 +40,8 @@ class CorpusSettings:
     test_share: float = 0.20
     tokenizer: str = "bpe"
     vocab_size: int = 4096
+    recall_share: float = 0.0
+    recall_reach: int = 8000
 
     @property
     def sources(self) -> dict[str, str]:
@@ -111,6 +115,9 @@ def _build_beside(settings: CorpusSettings, folder: Path) -> None:
         splits = split_sources(settings)
     with console.status("training the tokenizer"):
         tokenizer = _make_tokenizer(settings, splits["train"])
+    if settings.recall_share:
+        with console.status("weaving recall material into the training text"):
+            splits["train"] = [_woven(document, settings) for document in splits["train"]]
     folder.parent.mkdir(parents=True, exist_ok=True)
     (folder.parent / CACHE_TAG).write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -141,6 +148,13 @@ def _make_tokenizer(settings: CorpusSettings, documents: Sequence[Document]) -> 
     if settings.tokenizer == "bpe":
         return train_bpe(_tokenizer_texts(documents), settings.vocab_size)
     return Tokenizer.load(settings.tokenizer)
+
+
+def _woven(document: Document, settings: CorpusSettings) -> Document:
+    """Recall material in one document, decided by its name, so that no other document changes it."""
+    key = hashlib.sha256(document.name.encode()).digest()
+    generator = np.random.default_rng(int.from_bytes(key))
+    return Document(document.name, weave(document.text, settings.recall_share, settings.recall_reach, generator))
 
 
 def _tokenizer_texts(documents: Sequence[Document]) -> Iterator[str]:

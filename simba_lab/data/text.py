@@ -26,6 +26,9 @@ class TextData(ResumableData):
         test_share: Share of the text of `source` held out for the test.
         tokenizer: `bpe` (trained on the training text), `bytes`, or the path of a tokenizer json.
         vocab_size: Token ids of a trained `bpe`; the other tokenizers bring their own.
+        recall_share: Share of the training text that is recall material woven in between paragraphs (facts and lists
+            asked for later, passages that come back; see `simba_lab.data.recall_text`). Held-out text has none.
+        recall_reach: Characters back to what that material repeats, at most; at least 100.
         length: Tokens per window.
         batch_size: Windows per batch and process.
         validation_windows: Windows read at each validation, evenly spread; null for all.
@@ -48,6 +51,8 @@ class TextData(ResumableData):
         test_share: float = 0.20,
         tokenizer: str = "bpe",
         vocab_size: int = 4096,
+        recall_share: float = 0.0,
+        recall_reach: int = 8000,
         length: int = 1024,
         batch_size: int = 8,
         validation_windows: int | None = 64,
@@ -62,14 +67,19 @@ class TextData(ResumableData):
         require_at_least(1, length=length, batch_size=batch_size)
         require_at_least(1, validation_windows=validation_windows, test_windows=test_windows)
         require_at_least(0, seed=seed, num_workers=num_workers)
-        require_between(0, 1, validation_share=validation_share, test_share=test_share)
+        require_set(recall_share=recall_share, recall_reach=recall_reach)
+        require_between(0, 1, validation_share=validation_share, test_share=test_share, recall_share=recall_share)
+        require_at_least(100, recall_reach=recall_reach)
+        if recall_share > 0.5:
+            raise InputError(f"data.recall_share: {recall_share} must be at most 0.5, or little of the text is left")
         if validation_share + test_share >= 1:
             raise InputError("data.validation_share, data.test_share: together they must leave text to train on (< 1)")
         if tokenizer == "bpe":
             require_at_least(257, vocab_size=vocab_size)
         self.settings = CorpusSettings(
-            source, text_field, validation_source, test_source, validation_share, test_share, tokenizer, vocab_size
-        )
+            source, text_field, validation_source, test_source, validation_share, test_share, tokenizer, vocab_size,
+            recall_share, recall_reach,
+        )  # fmt: skip
         self.length = length
         self._held_out_windows = {"validation": validation_windows, "test": test_windows}
         self.cache_dir = cache_dir

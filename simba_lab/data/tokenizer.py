@@ -69,6 +69,13 @@ class Tokenizer:
                 raise InputError(f"data.tokenizer: token {token!r} is not byte-level; give a byte-level tokenizer file")
         return sizes
 
+    def spellings(self, ids: Iterable[int]) -> list[bytes]:
+        """Bytes of text that each of `ids` stands for, which may be part of a character; a special token's own name."""
+        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        added = self._inner.get_added_tokens_decoder()
+        tokens = ((index, self._inner.id_to_token(index)) for index in map(int, ids))
+        return [text.encode() if index in added else bytes(byte_of[c] for c in text) for index, text in tokens]
+
     def save(self, path: str | Path) -> None:
         """Writes one json that the `tokenizers` library, and `load`, can read."""
         self._inner.save(str(path))
