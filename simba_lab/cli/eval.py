@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
     device = _device(args.device)
     model = load(args.checkpoint, dtype=args.dtype).to(device)
-    windows = _data(args.checkpoint, args.source).eval_windows(args.split, args.n_context, args.n_suffix, args.windows)
+    windows = held_out_data(args.checkpoint, args.source).eval_windows(args.split, args.n_context, args.n_suffix, args.windows)
     reach = args.n_context // 2 if args.reach is None else args.reach
     rows = evaluate_arms(model, args.arms, windows, args.batch_size, reach, lambda line: print(line, flush=True))
     _print(rows, len(windows), args.split, reach)
@@ -70,7 +70,7 @@ def _device(asked: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
-def _data(checkpoint: str, source: str | None) -> TextData:
+def held_out_data(checkpoint: str, source: str | None) -> TextData:
     """The data of the checkpoint's run or, read with the checkpoint's tokenizer, ``source``."""
     from simba_lab.checkpoint import SPEC_FILE, tokenizer_path
     from simba_lab.data import TextData

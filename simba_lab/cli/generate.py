@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompt = _prompt(args)
     device = read_device(args.device)
     model = _pruned(args, load(args.checkpoint)).to(device)
-    tokenizer = _tokenizer(args.checkpoint, model)
+    tokenizer = checkpoint_tokenizer(args.checkpoint, model)
     ids = tokenizer.encode(prompt)
     out, prefill_seconds = _prefill(model, ids)
     text, moments = _write(model, out, decoding, tokenizer)
@@ -135,7 +135,8 @@ def _pruned(args: argparse.Namespace, model: LanguageModel) -> LanguageModel:
         raise InputError(f"pruning: {error}") from None
 
 
-def _tokenizer(checkpoint: str, model: LanguageModel) -> Tokenizer:
+def checkpoint_tokenizer(checkpoint: str, model: LanguageModel) -> Tokenizer:
+    """The tokenizer beside a checkpoint; raises InputError without one, or with one of more tokens than the model."""
     try:
         path = tokenizer_path(checkpoint)
     except InputError as error:
