@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -50,6 +51,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; a character cut in two by a window's edge appears as U+FFFD."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides how texts are encoded."""
+        return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
 
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int64: UTF-8 bytes of text that each id stands for; 0 for special tokens.

@@ -13,9 +13,11 @@ from simba_lab.pruning import CRITERIA, SCHEDULES, PruningPlan
 from simba_lab.registry import Spec
 
 DEFAULT_BATCH = 8
+DEFAULT_LENGTH = 2048
+DEFAULT_SUFFIX = 64
 ARGUMENTS = (
     "checkpoint", "criterion", "schedule", "mean_keep", "protect_recent", "dense", "batch_size", "max_batch_size",
-    "device", "backend", "max_length", "n_suffix",
+    "device", "backend", "max_length", "n_suffix", "answers",
 )  # fmt: skip
 _log = logging.getLogger(__name__)
 

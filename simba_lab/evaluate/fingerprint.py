@@ -7,7 +7,6 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,18 +15,18 @@ from simba_lab.checkpoint import model_spec
 from simba_lab.model import LanguageModel
 from simba_lab.pruning import PruningPlan
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same arm would give other answers than before."""
 
 
-def arm_hash(model: LanguageModel, weights: str, tokenizer_file: Path, settings: Mapping[str, Any]) -> str:
-    """SHA-256 over ``weights`` (their hash), shape, pruning, tokenizer, backend and the plain ``settings``."""
+def arm_hash(model: LanguageModel, weights: str, tokenizer: str, settings: Mapping[str, Any]) -> str:
+    """SHA-256 over ``weights`` and ``tokenizer`` (their hashes), shape, pruning, backend and the plain ``settings``."""
     identity = {
         "format": FORMAT,
         "weights": weights,
         "spec": model_spec(model),
         "code": _code_hash(model.pruning),
-        "tokenizer": hashlib.sha256(tokenizer_file.read_bytes()).hexdigest(),
+        "tokenizer": tokenizer,
         "backend": model.backend.name,
         "settings": dict(settings),
     }

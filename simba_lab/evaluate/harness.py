@@ -10,7 +10,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,15 @@ from simba_lab import environment
 from simba_lab.checkpoint import load, model_spec, tokenizer_path
 from simba_lab.data import Tokenizer
 from simba_lab.errors import InputError
-from simba_lab.evaluate.arguments import DEFAULT_BATCH, pruning_plan, read_batch_size, read_device, read_whole
+from simba_lab.evaluate.arguments import (
+    DEFAULT_BATCH,
+    DEFAULT_LENGTH,
+    DEFAULT_SUFFIX,
+    pruning_plan,
+    read_batch_size,
+    read_device,
+    read_whole,
+)
 from simba_lab.evaluate.fingerprint import arm_hash, weights_hash
 from simba_lab.evaluate.generation import Decoding, Prompt, generate
 from simba_lab.evaluate.scoring import Pair, encode_pair, rolling_pairs, score_pairs
@@ -78,27 +85,62 @@ class SimbaLabLM(LM):
         max_batch_size: int | None = None,
         device: str | None = None,
         backend: str = "auto",
-        max_length: int = 2048,
-        n_suffix: int = 64,
+        max_length: int = DEFAULT_LENGTH,
+        n_suffix: int = DEFAULT_SUFFIX,
         pretrained: str | None = None,
+        answers: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         checkpoint = checkpoint if checkpoint is not None else pretrained
         if checkpoint is None:
             raise InputError("model_args: checkpoint is required: a run folder or a .ckpt file")
+        size, place = read_batch_size(batch_size, max_batch_size), read_device(device)
+        self._settle(size, max_length, n_suffix, answers)
+        saved = load(str(checkpoint), backend)
+        plan = pruning_plan(saved, criterion, schedule, mean_keep, protect_recent, dense, options)
+        tokenizer = Tokenizer.load(tokenizer_path(str(checkpoint)))
+        self._equip(saved.with_pruning(plan).to(place), tokenizer)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int | str = DEFAULT_BATCH,
+        max_length: int = DEFAULT_LENGTH,
+        n_suffix: int = DEFAULT_SUFFIX,
+        answers: str | None = None,
+        weights: str | None = None,
+    ) -> SimbaLabLM:
+        """A loaded model as it is: its own pruning plan, backend and device.
+
+        Arms of one checkpoint share its weights: ``from_model(lm, tokenizer)``, ``from_model(lm.sparsified(...),
+        tokenizer)``. ``weights`` is the hash of the weights where it is known already (:attr:`weights_hash` of another
+        arm), for hashing large weights takes time. The rest is as in the constructor.
+        """
+        made = cls.__new__(cls)
+        LM.__init__(made)
+        made._settle(read_batch_size(batch_size, None), max_length, n_suffix, answers)
+        made._equip(model, tokenizer)
+        if weights is not None:
+            made.weights_hash = weights
+        return made
+
+    def _settle(self, batch_size: int, max_length: int, n_suffix: int, answers: str | None) -> None:
+        self.batch_size = batch_size
         self.max_length = read_whole("max_length", max_length, at_least=2)
         self.n_suffix = read_whole("n_suffix", n_suffix, at_least=1)
         if self.n_suffix >= self.max_length:
             raise InputError(f"model_args: n_suffix {n_suffix} must be below max_length {max_length}")
-        self.batch_size = read_batch_size(batch_size, max_batch_size)
-        self._device = read_device(device)
-        saved = load(str(checkpoint), backend)
-        plan = pruning_plan(saved, criterion, schedule, mean_keep, protect_recent, dense, options)
-        self.model = saved.with_pruning(plan).to(self._device)
-        self.model.keep_counts(self.max_length)
-        self._tokenizer_file = tokenizer_path(str(checkpoint))
-        self._tokenizer = _read_tokenizer(self._tokenizer_file, self.model)
+
+    def _equip(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
+        if tokenizer.vocab_size > model.config.padded_vocab_size:
+            known = model.config.padded_vocab_size
+            raise InputError(f"tokenizer: it has {tokenizer.vocab_size} tokens, the model only {known}")
+        model.keep_counts(self.max_length)
+        self.model, self._tokenizer, self._device = model, tokenizer, model.device
         self.ledger = Ledger()
         self.computed: Counter[str] = Counter()
 
@@ -155,7 +197,7 @@ class SimbaLabLM(LM):
     def fingerprint(self) -> str:
         """SHA-256 over everything the answers depend on."""
         settings = {"max_length": self.max_length, "n_suffix": self.n_suffix, "device": self._device.type}
-        return arm_hash(self.model, self.weights_hash, self._tokenizer_file, settings)
+        return arm_hash(self.model, self.weights_hash, self._tokenizer.fingerprint(), settings)
 
     @cached_property
     def weights_hash(self) -> str:
@@ -243,12 +285,3 @@ class SimbaLabLM(LM):
                 progress.update()
         self.computed[kind] += len(requests)
         return collected
-
-
-def _read_tokenizer(path: Path, model: LanguageModel) -> Tokenizer:
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size > model.config.padded_vocab_size:
-        raise InputError(
-            f"tokenizer: {path} has {tokenizer.vocab_size} tokens, the model only {model.config.padded_vocab_size}"
-        )
-    return tokenizer
