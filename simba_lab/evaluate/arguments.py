@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -19,7 +18,9 @@ ARGUMENTS = (
     "checkpoint", "criterion", "schedule", "mean_keep", "protect_recent", "dense", "batch_size", "max_batch_size",
     "device", "backend", "max_length", "n_suffix", "answers",
 )  # fmt: skip
-_log = logging.getLogger(__name__)
+AUTO = "auto"
+HARNESS_DEVICE = "cuda:0"
+"""What the harness passes on when nobody named a device."""
 
 
 def pruning_plan(
@@ -95,16 +96,18 @@ def read_batch_size(batch_size: int | str, most: int | None) -> int:
     return size if most is None else min(size, read_whole("max_batch_size", most, at_least=1))
 
 
-def read_device(name: str | None) -> torch.device:
-    """The device of a name; CUDA where there is one without a name, and the CPU in place of a CUDA that is not here."""
+def read_device(name: str | None, unasked: str | None = None) -> torch.device:
+    """The device of a name; None, ``auto`` and ``unasked``, a default of the caller's, take CUDA where there is one.
+
+    Raises InputError for no device of torch, and for a CUDA asked by name that is not here.
+    """
     usable = torch.cuda.is_available()
-    if name is None:
+    if name in (None, AUTO, unasked):
         return torch.device("cuda" if usable else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"device: {name!r} is no device of torch; use cpu, cuda or cuda:N") from None
+        raise InputError(f"device: {name!r} is no device of torch; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not usable:
-        _log.warning("device %s: no CUDA here, using the CPU", name)
-        return torch.device("cpu")
+        raise InputError(f"device: torch {torch.__version__} sees no CUDA device here; use cpu or auto, not {name}")
     return device

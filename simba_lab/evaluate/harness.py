@@ -26,6 +26,7 @@ from simba_lab.evaluate.arguments import (
     DEFAULT_BATCH,
     DEFAULT_LENGTH,
     DEFAULT_SUFFIX,
+    HARNESS_DEVICE,
     pruning_plan,
     read_batch_size,
     read_device,
@@ -64,7 +65,7 @@ class SimbaLabLM(LM):
         protect_recent: share of the kept set that is its newest tokens.
         dense: run a checkpoint that was saved with pruning without it.
         batch_size: sequences at a time; "auto" is 8, at most ``max_batch_size``. Results do not depend on it.
-        device: of torch; the harness's default, cuda:0, means the CPU where there is no CUDA.
+        device: of torch, or auto; the harness's default, cuda:0, means auto too.
         backend: kernels to use.
         max_length: tokens fed at most; longer contexts lose their oldest tokens, which is logged.
         n_suffix: tokens scored per block by :meth:`loglikelihood_rolling`.
@@ -95,7 +96,7 @@ class SimbaLabLM(LM):
         checkpoint = checkpoint if checkpoint is not None else pretrained
         if checkpoint is None:
             raise InputError("model_args: checkpoint is required: a run folder or a .ckpt file")
-        size, place = read_batch_size(batch_size, max_batch_size), read_device(device)
+        size, place = read_batch_size(batch_size, max_batch_size), read_device(device, unasked=HARNESS_DEVICE)
         self._settle(size, max_length, n_suffix, answers)
         saved = load(str(checkpoint), backend)
         plan = pruning_plan(saved, criterion, schedule, mean_keep, protect_recent, dense, options)
