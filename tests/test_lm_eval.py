@@ -18,8 +18,9 @@ from simba_lab.cli.main import main
 from simba_lab.data import TextData
 from simba_lab.errors import InputError
 from simba_lab.evaluate.harness import SimbaLabLM, register
-from simba_lab.evaluate.tasks import CONTINUATION, PERPLEXITY, build_tasks
 from simba_lab.model import LanguageModel, ModelConfig
+from simba_lab.tasks import CONTINUATION, PERPLEXITY
+from simba_lab.tasks import build_heldout as build_tasks
 
 WORDS = "river stone light märz window paper garden winter engine letter music bridge candle mirror".split()
 
@@ -108,8 +109,8 @@ def test_the_command_builds_from_an_experiment_file(data: TextData, tmp_path: Pa
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
     parser = argparse.ArgumentParser()
     tasks_command.configure(parser)
-    command = ["build", "--config", str(tmp_path / "base.yaml"), "--out", str(tmp_path / "out"), "--count", "12"]
-    sizes = ["--n-context", "48", "--n-choice", "6", "--documents", "3", "--document-tokens", "60"]
+    command = ["build", "heldout", "--config", str(tmp_path / "base.yaml"), "--out", str(tmp_path / "out")]
+    sizes = ["--count", "12", "--n-context", "48", "--n-choice", "6", "--documents", "3", "--document-tokens", "60"]
     result = tasks_command.run(parser.parse_args(command + sizes))
     assert result["items"] == {CONTINUATION: 12, PERPLEXITY: 3}
     task = yaml.safe_load(Path(result["files"][CONTINUATION]).read_text())

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from simba_lab.tasks.benchmarks import PAPER6, Benchmark, find_benchmark
+from simba_lab.tasks.heldout import CONTINUATION, PERPLEXITY, build_heldout
+from simba_lab.tasks.long_context import LONG_CONTEXT, build_long_context
 from simba_lab.tasks.offline import (
     DEFAULT_FOLDER,
+    built_tasks,
     documents_of,
     ensure_paper6,
     even_samples,
     offline_manager,
     offline_twin,
 )
+from simba_lab.tasks.recall import MQAR, NEEDLE, build_recall
 
 __all__ = [
+    "CONTINUATION",
     "DEFAULT_FOLDER",
+    "LONG_CONTEXT",
+    "MQAR",
+    "NEEDLE",
     "PAPER6",
+    "PERPLEXITY",
     "Benchmark",
+    "build_heldout",
+    "build_long_context",
+    "build_recall",
+    "built_tasks",
     "documents_of",
     "ensure_paper6",
     "even_samples",

@@ -106,7 +106,9 @@ _ARC_LABELS = "choices are labelled A to E throughout (a few questions of the or
 PAPER6 = (
     Benchmark("lambada_openai", "lambada/lambada_openai.yaml", "test", 5153, _lambada, _LAMBADA_TEXT, "MIT (hub card)"),
     Benchmark("hellaswag", "hellaswag/hellaswag.yaml", "validation", 10042, _hellaswag, "Rowan/hellaswag", "MIT"),
-    Benchmark("piqa", "piqa/piqa.yaml", "validation", 1838, _piqa, "piqa (plain_text)", "AFL-3.0 (authors)"),
+    Benchmark(
+        "piqa", "piqa/piqa.yaml", "validation", 1838, _piqa, "piqa (plain_text)", "AFL-3.0 (authors' repository)"
+    ),
     Benchmark(
         "arc_easy",
         "arc/arc_easy.yaml",
@@ -132,6 +134,6 @@ PAPER6 = (
         1267,
         _winogrande,
         "allenai/winogrande (winogrande_xl)",
-        "CC-BY (authors)",
+        "CC-BY (authors' repository)",
     ),
 )

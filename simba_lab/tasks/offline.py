@@ -34,10 +34,13 @@ def ensure_paper6(folder: Path = DEFAULT_FOLDER) -> Path:
     Seconds to build, milliseconds to find. The result is what the harness takes as ``include_path``. A build goes to
     a folder of its own first, so that nobody ever reads a half-written one, also when several processes start.
 
-    Raises InputError if the data package is missing (with the command that installs it).
+    Raises InputError if the data package is missing (with the command that installs it), or if there is a folder of
+    that name with something else in it.
     """
     home = (folder / GROUP).resolve()
     version = _version(home)
+    if home.exists() and not _stamp(home):
+        raise InputError(f"{home} holds something else, no {STAMP}; move it away or choose another folder")
     if _stamp(home).get("version") != version:
         partial = home.with_name(f".{GROUP}.{os.getpid()}.partial")
         try:
@@ -66,6 +69,11 @@ def documents_of(folder: Path) -> dict[str, int]:
     if not stamp:
         raise InputError(f"{folder} holds no {STAMP}; `simba-lab tasks build paper6` writes one")
     return stamp["documents"]
+
+
+def built_tasks(folder: Path) -> dict[str, Path]:
+    """Name and YAML file of every task and group below a folder; none if there is no such folder."""
+    return {file.stem: file for file in sorted(folder.glob("*/*.yaml")) if not file.parent.name.startswith(".")}
 
 
 def even_samples(sizes: Mapping[str, int], limit: int) -> dict[str, list[int]]:

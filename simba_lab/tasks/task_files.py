@@ -58,6 +58,13 @@ def write_documents(path: Path, documents: Sequence[dict[str, Any]]) -> None:
         partial.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
 
 
+def remove_tasks(folder: Path, family: str) -> None:
+    """Delete what an earlier build, maybe of other lengths or distances, has left of a family of tasks."""
+    for suffix in ("yaml", "jsonl"):
+        for file in (*folder.glob(f"{family}.{suffix}"), *folder.glob(f"{family}_*.{suffix}")):
+            file.unlink()
+
+
 def mean_metric(name: str, higher_is_better: bool = True) -> dict[str, Any]:
     """A metric of the harness that is averaged over documents."""
     return {"metric": name, "aggregation": "mean", "higher_is_better": higher_is_better}

@@ -1,20 +1,18 @@
-"""Tasks of the evaluation harness built from local text: one YAML and one JSON-lines file each, no network."""
+"""Tasks of the harness from held-out text: which of four continuations is the true one, and whole texts' likelihood."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from simba_lab.data import EvalWindows, Shard, TextData, Tokenizer, cut_eval_windows
 from simba_lab.errors import InputError
-from simba_lab.files import writing
+from simba_lab.tasks.task_files import mean_metric, write_documents, write_task
 
 CONTINUATION, PERPLEXITY = "simba_lab_continuation", "simba_lab_perplexity"
 N_CHOICES = 4
@@ -30,7 +28,7 @@ class Passage:
     continuation: str
 
 
-def build_tasks(
+def build_heldout(
     folder: Path,
     data: TextData,
     split: str = "test",
@@ -62,7 +60,9 @@ def build_tasks(
     built = {CONTINUATION: continuation_items(passages, seed), PERPLEXITY: [{"text": text} for text in texts]}
     note = {"split": split, "n_context": n_context, "n_choice": n_choice, "seed": seed}
     for name, settings in ((CONTINUATION, _continuation_settings()), (PERPLEXITY, _perplexity_settings())):
-        _write_task(folder, name, settings, built[name], note)
+        data_file = folder / f"{name}.jsonl"
+        write_documents(data_file, built[name])
+        write_task(folder, name, settings, note, data_file)
     return {name: len(items) for name, items in built.items()}
 
 
@@ -128,7 +128,7 @@ def _continuation_settings() -> dict[str, Any]:
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{answer}}",
         "target_delimiter": "",
-        "metric_list": [_metric("acc"), _metric("acc_norm")],
+        "metric_list": [mean_metric("acc"), mean_metric("acc_norm")],
     }
 
 
@@ -140,19 +140,3 @@ def _perplexity_settings() -> dict[str, Any]:
         "doc_to_target": "{{text}}",
         "metric_list": [{"metric": name} for name in names],
     }
-
-
-def _metric(name: str) -> dict[str, Any]:
-    return {"metric": name, "aggregation": "mean", "higher_is_better": True}
-
-
-def _write_task(
-    folder: Path, name: str, settings: dict[str, Any], items: Sequence[dict[str, Any]], note: dict[str, Any]
-) -> None:
-    data = (folder / f"{name}.jsonl").resolve()
-    with writing(data) as partial:
-        partial.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-    head = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
-    task = head | {"test_split": "test"} | settings | {"metadata": {"version": 1.0, **note}}
-    with writing(folder / f"{name}.yaml") as partial:
-        partial.write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
