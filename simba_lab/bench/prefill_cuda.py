@@ -49,6 +49,7 @@ def published_cases() -> dict[str, PrefillCase]:
     held = {"promise": Target(0.95)}
     shares = {"scoring": Target(0.02, at_most=True), "choosing": Target(0.04, at_most=True)}
     small, middle, large = (published_shape(f"mamba-{size}") for size in ("130m", "1.4b", "2.8b"))
+    second = published_shape("mamba2-2.7b")
     cases = [
         PrefillCase("130m", small, 1, 2048, dense=Target(3.0)),
         PrefillCase("130m", small, 8, 2048),
@@ -56,6 +57,8 @@ def published_cases() -> dict[str, PrefillCase]:
         PrefillCase("1.4b", middle, 1, 16384, **held),
         PrefillCase("2.8b", large, 8, 2048, **held, **shares),
         PrefillCase("2.8b", large, 1, 16384, **held, **shares),
+        PrefillCase("mamba2-2.7b", second, 8, 2048, **held),
+        PrefillCase("mamba2-2.7b", second, 1, 16384, **held),
     ]
     return {case.what.replace(" x ", "x").replace(" ", ":"): case for case in cases}
 
