@@ -1,4 +1,4 @@
-# Everything runs from .venv, which is made on first use and again whenever requirements.lock or pyproject.toml change.
+# Everything runs from .venv, which is made on first use and again whenever requirements*.lock or pyproject.toml change.
 
 PYTHON ?= python3
 EXP ?=
@@ -16,7 +16,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup sweep report eval bench bench-table doctor test test-gpu lock clean check-python
+.PHONY: help setup sweep report eval tasks bench bench-table doctor test test-gpu lock clean check-python
 
 help:  ## print this list
 	@echo "make TARGET [EXP=sweep] [CKPT=checkpoint] [ARGS='further arguments']"
@@ -33,6 +33,9 @@ report: require-sweep $(STAMP)  ## write the table and report.html of a sweep ag
 
 eval: require-checkpoint $(STAMP)  ## evaluate CKPT=runs/base (a run folder, .ckpt or converted folder)
 	@$(BIN)/simba-lab eval --checkpoint $(CKPT) $(ARGS)
+
+tasks: $(STAMP)  ## write the six benchmarks for the evaluation harness to runs/tasks; no network
+	@$(BIN)/simba-lab tasks build $(ARGS)
 
 bench: $(STAMP)  ## time ours beside others: BENCH=cpu (default), or with a GPU kernels, prefill, train, decode
 	@$(BIN)/simba-lab bench $(BENCH) $(ARGS)
@@ -71,11 +74,12 @@ lock: check-python  ## resolve pyproject.toml afresh and pin the outcome in requ
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
 INSTALL_LOG := $(VENV)/install.log
 
-$(STAMP): requirements.lock pyproject.toml | check-python
+$(STAMP): requirements.lock requirements-data.lock pyproject.toml | check-python
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "make: $(PYTHON) cannot make a virtual environment: install its venv module (Debian: python3-venv)" >&2; exit 1; }
 	@echo "Installing requirements.lock into $(VENV), once (everything pip says: $(INSTALL_LOG)); large downloads:"
-	@{ $(PIP) --requirement requirements.lock && $(PIP) --no-deps --no-build-isolation --editable .; } 2>&1 \
+	@{ $(PIP) --requirement requirements.lock && $(PIP) --no-deps --requirement requirements-data.lock \
+	  && $(PIP) --no-deps --no-build-isolation --editable .; } 2>&1 \
 	  | tee $(INSTALL_LOG) \
 	  | { grep --line-buffered -oE '(Downloading|Using cached) [^ ]+ \([0-9.]+ MB\)|^Installing collected' || true; } \
 	  || { tail -n 15 $(INSTALL_LOG) >&2; echo "make: pip failed; run the same command again to continue" >&2; exit 1; }
