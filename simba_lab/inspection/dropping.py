@@ -18,7 +18,7 @@ from simba_lab.inspection.groups import View, views
 from simba_lab.inspection.observing import Remembering
 from simba_lab.inspection.passage import Passage
 from simba_lab.inspection.pieces import kinds_by_token, pieces
-from simba_lab.model import LanguageModel
+from simba_lab.model import LanguageModel, Output
 
 Say = Callable[[str], None]
 
@@ -41,7 +41,7 @@ def inspect_tokens(
 
     ``tokens``: ``id``, ``text`` of runs of tokens that hold whole characters, ``run`` (tokens in each run), ``kind``,
     ``count`` (occurrences in the window's context), one entry per token unless said otherwise. ``views``: the groups.
-    ``arms``: see :func:`inspect_arm`.
+    ``dense_suffix_nll``: nats per suffix token. ``arms``: see :func:`inspect_arm`.
     """
     ids, n_context = passage.shown, passage.n_context
     runs = pieces(tokenizer.spellings(ids))
@@ -62,6 +62,7 @@ def inspect_tokens(
             "training_count": passage.training_counts,
         },
         "views": [view.plain() for view in grouped],
+        "dense_suffix_nll": _suffix_nll(arms[0][1].with_pruning(None), passage)[0].tolist(),
         "arms": [inspect_arm(name, arm, passage, grouped, say) for name, arm in arms],
     }
 
@@ -76,9 +77,7 @@ def inspect_arm(name: str, arm: LanguageModel, passage: Passage, grouped: Sequen
     """
     say(name)
     heard, scores = _remembering(arm)
-    tokens = passage.windows[:1].to(arm.device)
-    out = heard(tokens, n_context=passage.n_context)
-    nll = F.cross_entropy(out.logits[0, :-1].double(), tokens[0, passage.n_context :], reduction="none")
+    nll, out = _suffix_nll(heard, passage)
     dropped = dropped_before([positions[0].tolist() for positions in out.kept], passage.n_context)
     return {
         "name": name,
@@ -89,6 +88,15 @@ def inspect_arm(name: str, arm: LanguageModel, passage: Passage, grouped: Sequen
         "suffix_nll": nll.tolist(),
         "kept": {view.key: view.kept(dropped, len(out.kept)) for view in grouped},
     }
+
+
+@torch.no_grad()
+def _suffix_nll(model: LanguageModel, passage: Passage) -> tuple[Tensor, Output]:
+    """NLL (n_suffix,) of the shown window's suffix, nats, fp64, and the output it is from."""
+    tokens = passage.windows[:1].to(model.device)
+    out = model(tokens, n_context=passage.n_context)
+    labels = tokens[0, passage.n_context :]
+    return F.cross_entropy(out.logits[0, :-1].double(), labels, reduction="none"), out
 
 
 def _remembering(arm: LanguageModel) -> tuple[LanguageModel, dict[int, Tensor]]:
