@@ -6,6 +6,8 @@ CKPT ?=
 ARGS ?=
 BENCH ?= cpu
 TEST_WORKERS ?= 2
+TASKS ?= paper6
+ARMS ?= dense linear:global_impact@0.55 linear:norm@0.55 linear:recency@0.55
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,8 +33,8 @@ sweep: require-sweep $(STAMP)  ## run sweeps/$(EXP).yaml; again to continue, e.g
 report: require-sweep $(STAMP)  ## write the table and report.html of a sweep again from its results
 	@$(BIN)/simba-lab report runs/sweeps/$(EXP) $(ARGS)
 
-eval: require-checkpoint $(STAMP)  ## evaluate CKPT=runs/base (a run folder, .ckpt or converted folder)
-	@$(BIN)/simba-lab eval --checkpoint $(CKPT) $(ARGS)
+eval: require-checkpoint $(STAMP)  ## six benchmarks, dense beside pruned, of CKPT=runs/base; TASKS= takes held-out windows
+	@$(BIN)/simba-lab eval --checkpoint $(CKPT) $(if $(TASKS),--tasks $(TASKS)) --arms $(ARMS) $(ARGS)
 
 tasks: $(STAMP)  ## write the six benchmarks for the evaluation harness to runs/tasks; no network
 	@$(BIN)/simba-lab tasks build $(ARGS)

@@ -1,10 +1,12 @@
-"""``simba-lab eval``: held-out quality of a model, dense and pruned, on windows of its run's data or of any text."""
+"""``simba-lab eval``: quality of a model, dense and pruned: on held-out windows, or on tasks of the harness."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from simba_lab.errors import InputError
 
 if TYPE_CHECKING:
     from simba_lab.data import TextData
@@ -13,68 +15,119 @@ EXAMPLES = """examples:
   simba-lab eval --checkpoint runs/base --arms dense linear:global_impact@0.55
   simba-lab eval --checkpoint runs/base --arms linear:my_criteria.OpenGate@0.55 --windows 200
   simba-lab eval --checkpoint state-spaces/mamba-130m --source 'books/*.jsonl.bz2' --dtype bf16
-Arms of different FLOPs stand side by side here; `simba-lab sweep` compares them at one budget, with p-values."""
+  simba-lab eval --checkpoint runs/base --tasks paper6 --arms dense,linear:global_impact@0.55,linear:recency@0.55
+  simba-lab eval --checkpoint runs/base --tasks simba_lab_hellaswag,my_tasks/quiz.yaml --limit all
+  simba-lab eval --compare runs/eval/base/results.json runs/eval/other/results.json
+Arms of different FLOPs stand side by side here; `simba-lab sweep` compares them at one budget. The same command with
+--tasks goes on where it was interrupted. --compare pairs the arms that both files name alike or, if there are none,
+every arm of the second file with the first arm of the first."""
+
+ARMS = ["dense", "linear:global_impact@0.55"]
+REQUIRED = "give --checkpoint MODEL, or --compare with two result files"
+# Options of one kind of evaluation, with their defaults: refused beside another kind, where they would do nothing.
+WINDOW_OPTIONS = {"source": None, "split": "test", "windows": 200, "n_context": 960, "n_suffix": 64, "reach": None}
+TASK_OPTIONS = {"limit": "150", "out": None}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     add = parser.add_argument
-    add("--checkpoint", metavar="MODEL", required=True,
+    add("--checkpoint", metavar="MODEL",
         help="a run folder, a .ckpt, a state-spaces or transformers folder, or a name on the hub")  # fmt: skip
-    add("--source", metavar="TEXT", help="text to read, as data.source of an experiment; default: the run's own data, "
-        "and for a model from elsewhere stdlib, the embedded corpus")  # fmt: skip
-    add("--arms", metavar="ARM", nargs="+", default=["dense", "linear:global_impact@0.55"],
-        help="dense or schedule:criterion@mean_keep (default: %(default)s)")  # fmt: skip
-    add("--split", choices=("test", "validation"), default="test", help="held-out split (default: %(default)s)")
-    add("--windows", type=int, default=200, help="windows at most (default: %(default)s)")
-    add("--n-context", type=int, default=960, help="context tokens (default: %(default)s)")
-    add("--n-suffix", type=int, default=64, help="suffix tokens, which are scored (default: %(default)s)")
-    add("--batch-size", type=int, default=8, help="windows at once (default: %(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    add("--arms", metavar="ARM", nargs="+", default=ARMS,
+        help="dense or schedule:criterion@mean_keep, apart by spaces or commas (default: %(default)s)")  # fmt: skip
+    add("--batch-size", type=int, default=8, metavar="N", help="windows or contexts at once (default: %(default)s)")
+    add("--device", default="auto", metavar="NAME", help="of torch: cpu, cuda, cuda:1; auto (default): a GPU if any")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: what the file has)")
-    add(
-        "--reach",
-        type=int,
-        default=None,
-        help="far tokens were last seen further back than this from the end of the context (default: half of it)",
-    )
+    _configure_windows(parser.add_argument_group("held-out windows, unless --tasks is given"))
+    _configure_tasks(parser.add_argument_group("tasks of the evaluation harness"))
+
+
+def _configure_windows(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--source", metavar="TEXT", help="text to read, as data.source of an experiment; default: the "
+        "run's own data, and for a model from elsewhere stdlib, the embedded corpus")  # fmt: skip
+    group.add_argument("--split", choices=("test", "validation"), help=f"held-out split (default: {_default('split')})")
+    for name, text in (
+        ("windows", "windows at most"),
+        ("n_context", "context tokens"),
+        ("n_suffix", "suffix tokens, which are scored"),
+    ):
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, type=int, metavar="N", help=f"{text} (default: {_default(name)})")
+    group.add_argument("--reach", type=int, metavar="N", help="far tokens were last seen further back than this from "
+        "the end of the context (default: half of it)")  # fmt: skip
+
+
+def _configure_tasks(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--tasks", metavar="TASKS", help="paper6 (six benchmarks, offline), tasks or groups by name, "
+        "YAML files, folders of tasks; apart by commas")  # fmt: skip
+    group.add_argument("--limit", metavar="N", help="documents of each task, evenly spread; 0 or all takes every one "
+        f"(default: {_default('limit')})")  # fmt: skip
+    group.add_argument("--out", type=Path, metavar="FOLDER", help="where results are kept (default: runs/eval/NAME of "
+        "the checkpoint)")  # fmt: skip
+    group.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="no evaluation: the paired "
+        "differences of two result files, B - A")  # fmt: skip
+
+
+def _default(name: str) -> Any:
+    return (WINDOW_OPTIONS | TASK_OPTIONS)[name]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate and print; the result is everything printed, and every document's scores."""
+    if args.compare:
+        _refuse_others(args, "--compare", [*WINDOW_OPTIONS, *TASK_OPTIONS, "checkpoint", "tasks"])
+        from simba_lab.cli.eval_tasks import compare_files
+
+        return compare_files(*args.compare)
+    if args.checkpoint is None:
+        raise InputError(REQUIRED)
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
+    args.arms = [name for text in args.arms for name in text.split(",") if name]
+    if args.tasks is None:
+        _refuse_others(args, "an evaluation on windows", TASK_OPTIONS)
+        return _windows(_with_defaults(args, WINDOW_OPTIONS))
+    _refuse_others(args, "--tasks", WINDOW_OPTIONS)
+    from simba_lab.cli.eval_tasks import run_tasks
+
+    return run_tasks(_with_defaults(args, TASK_OPTIONS))
+
+
+def _refuse_others(args: argparse.Namespace, kind: str, names: Any) -> None:
+    given = [name for name in names if getattr(args, name) is not None]
+    if given:
+        raise InputError(f"--{given[0].replace('_', '-')} means nothing beside {kind}; leave it out")
+
+
+def _with_defaults(args: argparse.Namespace, defaults: dict[str, Any]) -> argparse.Namespace:
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**vars(args) | defaults | given)
+
+
+def _windows(args: argparse.Namespace) -> dict[str, Any]:
     from simba_lab.checkpoint import load
-    from simba_lab.errors import InputError
+    from simba_lab.evaluate.arguments import read_device
     from simba_lab.evaluate.arms import evaluate_arms
     from simba_lab.kernels.cost import CONVENTION
 
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
-    device = _device(args.device)
+    device = read_device(args.device)
     model = load(args.checkpoint, dtype=args.dtype).to(device)
-    windows = held_out_data(args.checkpoint, args.source).eval_windows(args.split, args.n_context, args.n_suffix, args.windows)
+    data = held_out_data(args.checkpoint, args.source)
+    windows = data.eval_windows(args.split, args.n_context, args.n_suffix, args.windows)
     reach = args.n_context // 2 if args.reach is None else args.reach
     rows = evaluate_arms(model, args.arms, windows, args.batch_size, reach, lambda line: print(line, flush=True))
     _print(rows, len(windows), args.split, reach)
     return {
-        "arms": rows, "windows": len(windows), "split": args.split, "reach": reach, "device": device,
+        "arms": rows, "windows": len(windows), "split": args.split, "reach": reach, "device": str(device),
         "backend": model.backend.name, "convention": CONVENTION,
     }  # fmt: skip
-
-
-def _device(asked: str) -> str:
-    import torch
-
-    from simba_lab.errors import InputError
-
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device: torch {torch.__version__} sees no CUDA device here; use cpu or auto")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
 def held_out_data(checkpoint: str, source: str | None) -> TextData:
     """The data of the checkpoint's run or, read with the checkpoint's tokenizer, ``source``."""
     from simba_lab.checkpoint import SPEC_FILE, tokenizer_path
     from simba_lab.data import TextData
-    from simba_lab.errors import InputError
     from simba_lab.training import CONFIG_FILE, read_experiment
 
     folder = Path(checkpoint)
