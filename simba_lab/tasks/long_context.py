@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
-from simba_lab.data import EvalWindows, Shard, TextData, Tokenizer, cut_eval_windows
+from simba_lab.data import Shard, TextData, Tokenizer
 from simba_lab.errors import InputError
 from simba_lab.tasks.task_files import Function, mean_metric, remove_tasks, write_documents, write_group, write_task
 from simba_lab.tasks.word_starts import next_word_start, survives
@@ -17,8 +20,18 @@ from simba_lab.tasks.word_starts import next_word_start, survives
 LONG_CONTEXT = "simba_lab_long_context"
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 N_SCORED = 64
-# So many candidates for each text wanted leave enough whose suffix starts at a word.
-_CANDIDATES = 8
+# Places looked at for each text wanted; most suffixes begin or end inside a word.
+_TRIES = 100
+
+
+@dataclass(frozen=True)
+class Window:
+    """Context of the greatest length, scored suffix, and the character at which the context of each length begins."""
+
+    document: str
+    context: str
+    suffix: str
+    starts: dict[int, int]
 
 
 def build_long_context(
@@ -72,47 +85,52 @@ def _documents(
             f"lengths: no document of the {shard.split} split has {longest} tokens, the longest has {best}; "
             "leave out the greatest lengths or give longer text"
         )
-    windows = cut_eval_windows(shard, longest - n_scored, n_scored, _CANDIDATES * count, seed=seed)
-    order = np.random.default_rng([seed, 0]).permutation(len(windows))
-    usable = ((int(row), starts) for row in order if (starts := _starts(windows, row, lengths, tokenizer)))
-    chosen = sorted(itertools.islice(usable, count), key=lambda pair: pair[0])
+    places = itertools.islice(_places(shard, longest, n_scored, seed), _TRIES * count)
+    windows = (_window(shard, place, lengths, n_scored, tokenizer) for place in places)
+    found = itertools.islice(filter(None, windows), count)
+    chosen = list(track(found, "cutting texts", total=count, console=Console(stderr=True), transient=True))
     if not chosen:
         raise InputError(f"lengths: no window of {longest} tokens can be cut at words; give text in words")
-    return [_document(windows, shard.names, row, starts, tokenizer) for row, starts in chosen]
+    return [_document(window, n_scored) for window in chosen]
 
 
-def _starts(windows: EvalWindows, row: int, lengths: Sequence[int], tokenizer: Tokenizer) -> dict[int, int] | None:
-    """Token at which the context of each length begins; None unless every one tokenises as it was cut."""
-    tokens = windows.tokens[row].tolist()
-    suffix = tokenizer.decode(tokens[windows.n_context :])
-    if not suffix[:1].isspace() or not suffix.strip():
+def _places(shard: Shard, length: int, stride: int, seed: int) -> Iterator[tuple[int, int]]:
+    """(document, its first token to take) of windows whose last ``stride`` tokens never overlap, in random order."""
+    per_document = np.where(shard.lengths >= length, (shard.lengths - length) // stride + 1, 0)
+    ends = np.cumsum(per_document)
+    for number in np.random.default_rng(seed).permutation(int(ends[-1])):
+        document = int(np.searchsorted(ends, number, side="right"))
+        yield document, int(number - ends[document] + per_document[document]) * stride
+
+
+def _window(
+    shard: Shard, place: tuple[int, int], lengths: Sequence[int], n_scored: int, tokenizer: Tokenizer
+) -> Window | None:
+    """None unless the suffix starts at a word and what is cut for each length tokenises as before."""
+    document, first = place
+    tokens = shard.document(document)[first : first + max(lengths)].tolist()
+    context, suffix = tokenizer.decode(tokens[:-n_scored]), tokenizer.decode(tokens[-n_scored:])
+    # The harness moves white space at the end of a context into the continuation.
+    if not suffix[:1].isspace() or not suffix.strip() or context[-1:].isspace():
         return None
     starts = {}
     for length in lengths:
         start = next_word_start(tokens, len(tokens) - length, tokenizer)
-        if start is None or not survives(tokenizer.decode(tokens[start:]), tokens[start:], tokenizer):
+        text = tokenizer.decode(tokens[start:])
+        if start is None or not survives(text, tokens[start:], tokenizer):
             return None
-        starts[length] = start
-    return starts if _ends_in_a_word(tokens[: windows.n_context], tokenizer) else None
+        starts[length] = len(context) + len(suffix) - len(text)
+    return Window(shard.names[document], context, suffix, starts)
 
 
-def _ends_in_a_word(context: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """The harness moves white space at the end of a context into the continuation."""
-    return not tokenizer.decode(context[-1:])[-1:].isspace()
-
-
-def _document(
-    windows: EvalWindows, names: Sequence[str], row: int, starts: dict[int, int], tokenizer: Tokenizer
-) -> dict[str, Any]:
-    tokens = windows.tokens[row].tolist()
-    continuation = tokenizer.decode(tokens[windows.n_context :])
+def _document(window: Window, n_scored: int) -> dict[str, Any]:
     return {
-        "document": names[windows.document[row]],
-        "context": tokenizer.decode(tokens[: windows.n_context]),
-        "starts": {str(length): len(tokenizer.decode(tokens[:start])) for length, start in starts.items()},
-        "continuation": continuation,
-        "n_tokens": windows.n_suffix,
-        "n_bytes": len(continuation.encode()),
+        "document": window.document,
+        "context": window.context,
+        "starts": {str(length): start for length, start in window.starts.items()},
+        "continuation": window.suffix,
+        "n_tokens": n_scored,
+        "n_bytes": len(window.suffix.encode()),
     }
 
 
