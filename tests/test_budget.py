@@ -26,6 +26,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "knots": {"values": [0.7, 0.4], "stretch": 0.4},
     "linear": {"final_keep": 0.1},
     "uniform": {"keep": 0.4},
+    "calibrated": {"rates": [0.5, 0.2], "rise": [[0.3, 0.4], [0.1, 0.3]], "keep": 0.4},
 }
 
 

@@ -106,6 +106,9 @@ def pruned_arms(draw: st.DrawFn) -> PrunedArm:
     if name == "knots":
         falling = sorted(draw(st.lists(st.floats(0.05, 1), min_size=1, max_size=4)), reverse=True)
         options |= {"values": falling}
+    if name == "calibrated":
+        rows = st.lists(st.floats(-1, 1), min_size=2, max_size=2)
+        options |= {"rates": [0.5, 0.1], "rise": draw(st.lists(rows, min_size=1, max_size=6))}
     schedule = SCHEDULES.construct(SCHEDULES.resolve(name), options)
     plan = PruningPlan(CRITERIA.build(draw(st.sampled_from(CRITERIA.names()))), schedule)
     return PrunedArm("arm", config, draw(st.integers(1, 70)), draw(st.integers(0, 9)), plan)

@@ -24,7 +24,12 @@ OPTIONS = {
     "norm": [{}],
     "random": [{}, {"seed": 5}],
     "recency": [{}],
+    "query_impact": [{}, {"queries": 5, "probes": 2, "reduce": "l2"}],
+    "output_impact": [{}, {"reduce": "max", "gated": True}],
+    "banded_impact": [{}, {"first": 3, "falloff": 0}],
 }
+BEYOND_TOKENS = ("query_impact", "output_impact", "banded_impact")
+"""Criteria that cost more, or less, than so much per token; tests/test_own_criteria.py says what."""
 SPECS = [{"class_path": name, "init_args": options} for name, variants in OPTIONS.items() for options in variants]
 every_criterion = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec['class_path']}-{spec['init_args']}")
 PER_SEQUENCE = ("x", "dt", "B", "C", "z", "hidden", "positions", "sequence_key")
@@ -40,12 +45,13 @@ def signals(
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
+    wide = torch.promote_types(dtype, torch.float32)
     return Signals(
         layer=2, backend=resolve(backend, "cpu"), x=draw(batch, tokens, channels), dt=draw(batch, tokens, channels),
-        dt_bias=draw(channels), A=-torch.exp(draw(channels, states)).to(torch.promote_types(dtype, torch.float32)),
+        dt_bias=draw(channels), A=-torch.exp(draw(channels, states)).to(wide),
         B=draw(batch, tokens, states), C=draw(batch, tokens, states), z=draw(batch, tokens, channels),
         hidden=draw(batch, tokens, 5), positions=(2 * torch.arange(tokens) + 1).expand(batch, tokens),
-        sequence_key=sequence_key(random_tokens(batch, 30)),
+        sequence_key=sequence_key(random_tokens(batch, 30)), channel_norms=draw(channels).abs().to(wide),
     )  # fmt: skip
 
 
@@ -90,6 +96,8 @@ def test_the_cost_is_declared_grows_with_the_tokens_and_is_free_only_without_an_
     assert all(type(cost) is int for cost in costs)
     if spec["class_path"] in ("random", "recency"):
         assert costs == [0, 0, 0] and criterion.op == "none"
+    elif spec["class_path"] in BEYOND_TOKENS:
+        assert 0 < costs[0] < costs[1] < costs[2] and criterion.op is None
     else:
         assert costs[0] > 0 and costs == [costs[0], 10 * costs[0], 100 * costs[0]] and criterion.op
 

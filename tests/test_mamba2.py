@@ -48,6 +48,7 @@ def on_meta(config: ModelConfig, **plan: Any) -> LanguageModel:
 
 
 KEEP_ALL = {"knots": {"values": [1.0, 1.0]}, "highway_top": {"keep": 1.0}, "uniform": {"keep": 1.0}}
+KEEP_ALL["calibrated"] = {**SCHEDULE_SPECS["calibrated"], "keep": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ SCHEDULE_SPECS: dict[str, dict] = {
     "geometric": {"final_keep": 0.1},
     "highway_top": {"keep": 0.3, "from_layer": 0.5},
     "knots": {"values": [0.9, 0.4, 0.1]},
+    "calibrated": {"rates": [0.5, 0.2], "rise": [[0.3, 0.4], [0.1, 0.3], [0.0, 0.2]], "keep": 0.4},
 }
 every_criterion = pytest.mark.parametrize("criterion", CRITERIA.names())
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.names())
@@ -55,6 +56,7 @@ def test_every_registered_schedule_is_tried_here() -> None:
 def test_keeping_everything_equals_dense_bit_for_bit(criterion: str, schedule: str) -> None:
     lm, tokens = tiny_model(dtype=torch.float32), random_tokens(2, 21)
     options = {"knots": {"values": [1.0, 1.0]}, "highway_top": {"keep": 1.0}, "uniform": {"keep": 1.0}}
+    options["calibrated"] = {**SCHEDULE_SPECS["calibrated"], "keep": 1.0}
     spec = {"class_path": schedule, "init_args": options.get(schedule, {"final_keep": 1.0})}
     sparse = lm.sparsified(criterion=criterion, schedule=spec)
     dense_out, out = lm(tokens, n_context=16), sparse(tokens, n_context=16)

@@ -18,6 +18,11 @@ OPTIONS = {
     "geometric": [{}],
     "highway_top": [{}, {"from_layer": 1}, {"from_layer": 0.25}],
     "knots": [{"values": [0.3]}, {"values": [1.0, 0.6, 0.6, 0.05]}, {"values": [0.1, 0.1]}],
+    "calibrated": [
+        {"rates": [0.5], "rise": [[0.1]]},
+        {"rates": [0.5, 0.25, 0.1], "rise": [[0.3, 0.5, 0.9], [0.1, 0.05, 0.4], [-0.01, 0.0, 0.2], [0.02, 0.01, 0.0]]},
+        {"rates": [0.9, 0.01], "rise": [[0.0, 0.0]] * 3},
+    ],
 }
 CASES = [(name, options) for name, variants in OPTIONS.items() for options in variants]
 every_schedule = pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}-{o}" for n, o in CASES])
@@ -25,9 +30,9 @@ shares = st.floats(1e-6, 1.0)
 depths = st.integers(3, 40)
 
 
-def make(name: str, options: dict, knob: float, multiple_of: int = 1) -> KeepSchedule:
+def make(name: str, options: dict, knob: float, multiple_of: int = 1, every: int = 1) -> KeepSchedule:
     cls = SCHEDULES.resolve(name)
-    return SCHEDULES.construct(cls, {**options, cls.knob: knob, "multiple_of": multiple_of})
+    return SCHEDULES.construct(cls, {**options, cls.knob: knob, "multiple_of": multiple_of, "every": every})
 
 
 def test_every_registered_schedule_is_under_contract() -> None:
@@ -35,11 +40,15 @@ def test_every_registered_schedule_is_under_contract() -> None:
 
 
 @every_schedule
-@given(knob=shares, n_layers=depths, n_context=st.integers(1, 3000), multiple=st.sampled_from([1, 3, 8, 64]))
+@given(
+    knob=shares, n_layers=depths, n_context=st.integers(1, 3000), multiple=st.sampled_from([1, 3, 8, 64]),
+    every=st.integers(1, 5),
+)  # fmt: skip
 def test_counts_fall_from_the_whole_context_and_never_below_one(
-    name: str, options: dict, knob: float, n_layers: int, n_context: int, multiple: int
+    name: str, options: dict, knob: float, n_layers: int, n_context: int, multiple: int, every: int
 ) -> None:
-    counts = make(name, options, knob, multiple).counts(n_layers, n_context)
+    counts = make(name, options, knob, multiple, every).counts(n_layers, n_context)
+    assert all(lower == upper for i, (lower, upper) in enumerate(zip(counts, counts[1:], strict=False)) if i % every)
     assert len(counts) == n_layers and all(type(count) is int for count in counts)
     assert counts[0] == n_context
     assert all(lower >= upper >= 1 for lower, upper in zip(counts, counts[1:], strict=False))
@@ -98,6 +107,8 @@ def test_a_spec_round_trip_keeps_the_counts(name: str, options: dict) -> None:
         ({"class_path": "knots", "init_args": {"values": [0.8, 0.2]}}, {}, 5, 10, [10, 9, 8, 5, 2]),
         ({"class_path": "knots", "init_args": {"values": [0.5]}}, {}, 3, 20, [20, 15, 10]),
         ({"class_path": "knots", "init_args": {"values": [0.5, 0.5], "stretch": 1 / 3}}, {}, 3, 100, [100, 25, 25]),
+        ("linear", {"final_keep": 0.1, "every": 2}, 10, 100, [100, 85, 85, 65, 65, 45, 45, 25, 25, 10]),
+        ("linear", {"final_keep": 0.1, "every": 99}, 10, 100, [100] + [50] * 9),
     ],
 )
 def test_exact_counts(spec: str | dict, arguments: dict, n_layers: int, n_context: int, counts: list[int]) -> None:
@@ -109,6 +120,50 @@ def test_any_falling_curve_of_knots_gives_falling_counts(values: list[float], n_
     schedule = build_schedule({"class_path": "knots", "init_args": {"values": sorted(values, reverse=True)}})
     counts = schedule.with_knob(stretch).counts(n_layers, 997)
     assert all(lower >= upper for lower, upper in zip(counts, counts[1:], strict=False))
+
+
+def calibrated(rates: list[float], rise: list[list[float]], keep: float, n_layers: int) -> list[float]:
+    spec = {"class_path": "calibrated", "init_args": {"rates": rates, "rise": rise}}
+    return [round(share, 9) for share in build_schedule(spec, keep=keep).shares(n_layers)]
+
+
+def test_a_calibrated_schedule_keeps_tokens_where_they_are_missed_most() -> None:
+    """One rate: half of the tokens may be dropped at layer 1, 2 or 3 (of 4), or never, for 12, 2, 1 and 0.
+
+    The hull goes from 12 to 2 in one layer, then to 0 in two: 10 a layer before 1 a layer.
+    """
+    rise = [[12.0], [2.0], [1.0]]
+    curves = {0.25: [0.25] * 3, 0.5: [0.5] * 3, 7 / 12: [0.75, 0.5, 0.5], 2 / 3: [1, 0.5, 0.5], 5 / 6: [1, 0.75, 0.75]}
+    for keep, curve in curves.items():
+        assert calibrated([0.5], rise, keep, 4) == pytest.approx([1.0, *curve])
+
+
+def test_a_calibrated_schedule_spends_on_the_slice_that_gives_most_for_a_token_and_layer() -> None:
+    """A slice of 0.6 missed by 6, and one of 0.2 missed by 4, in the only layer that prunes: the narrow one first."""
+    assert calibrated([0.4, 0.2], [[6.0, 10.0]], 0.4, 2) == [1.0, 0.4]
+    assert calibrated([0.4, 0.2], [[6.0, 10.0], [0.0, 0.0]], 0.35, 3) == [1.0, 0.5, 0.2]
+    assert calibrated([0.4, 0.2], [[6.0, 10.0], [5.9, 5.9]], 0.45, 3) == pytest.approx([1.0, 0.55, 0.35])
+
+
+def test_noise_in_a_calibration_is_ironed_out() -> None:
+    """A cut that seems to help, or to hurt less than a milder or a later one, does not."""
+    noisy, clean = [[0.1, 0.05], [0.3, 0.2], [-0.2, -0.1]], [[0.3, 0.3], [0.3, 0.3], [0.0, 0.0]]
+    for keep in (0.1, 0.3, 0.6, 0.9):
+        assert calibrated([0.5, 0.2], noisy, keep, 4) == calibrated([0.5, 0.2], clean, keep, 4)
+
+
+def test_a_calibration_is_carried_to_another_depth() -> None:
+    """Layers 1 and 2 of 5 become 1 to 5 of 9, in the last of which the table stands half-way, at 2."""
+    few, many = (calibrated([0.5], [[3.0], [3.0], [1.0], [1.0]], 0.75, n_layers) for n_layers in (5, 9))
+    assert few == [1, 1, 1, 0.5, 0.5]
+    assert many == [1, *[0.9] * 5, *[0.5] * 3]
+
+
+def test_every_holds_the_mean() -> None:
+    """The mean keep, and so nearly the FLOPs, stay; there is less to score."""
+    smooth, stairs = (build_schedule("linear", every=every).with_mean_keep(0.6, 13) for every in (1, 4))
+    assert sum(smooth.counts(13, 1000)) == pytest.approx(sum(stairs.counts(13, 1000)), abs=8)
+    assert len(set(stairs.counts(13, 1000))) == 4
 
 
 class FromUser(KeepSchedule):
@@ -169,10 +224,10 @@ def test_a_mean_keep_out_of_range_is_named(mean_keep: object) -> None:
         build_schedule("linear").with_mean_keep(mean_keep, 4)
 
 
-@pytest.mark.parametrize("name", ["uniform", "linear", "geometric", "highway_top"])
+@pytest.mark.parametrize("name", ["uniform", "linear", "geometric", "highway_top", "calibrated"])
 def test_an_unset_knob_is_named(name: str) -> None:
     with pytest.raises(InputError, match=f"schedule {name}: {SCHEDULES.resolve(name).knob} is not set"):
-        build_schedule(name).counts(4, 10)
+        build_schedule({"class_path": name, "init_args": OPTIONS[name][0]}).counts(4, 10)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +235,14 @@ def test_an_unset_knob_is_named(name: str) -> None:
     [
         ({"class_path": "linear", "init_args": {"final_keep": 0.1, "multiple_of": 0}}, "multiple_of"),
         ({"class_path": "linear", "init_args": {"final_keep": 0.1, "multiple_of": 2.5}}, "multiple_of"),
+        ({"class_path": "linear", "init_args": {"final_keep": 0.1, "every": 0}}, "every must be an integer"),
+        ({"class_path": "calibrated", "init_args": {"rates": [], "rise": [[]]}}, "rates must hold"),
+        ({"class_path": "calibrated", "init_args": {"rates": [0.2, 0.5], "rise": [[0, 1]]}}, "rates must fall"),
+        ({"class_path": "calibrated", "init_args": {"rates": [1.0], "rise": [[0]]}}, "rates must fall"),
+        ({"class_path": "calibrated", "init_args": {"rates": [0.5, -1], "rise": [[0, 1]]}}, "rates[1]"),
+        ({"class_path": "calibrated", "init_args": {"rates": [0.5], "rise": []}}, "rise must hold one row"),
+        ({"class_path": "calibrated", "init_args": {"rates": [0.5], "rise": [[0], [1, 2]]}}, "rise[1] must hold 1"),
+        ({"class_path": "calibrated", "init_args": {"rates": [0.5], "rise": [[float("nan")]]}}, "rise[0] must hold 1"),
         ({"class_path": "linear", "init_args": {"final_kep": 0.1}}, "final_kep"),
         ({"class_path": "highway_top", "init_args": {"keep": 0.1, "from_layer": 0}}, "from_layer"),
         ({"class_path": "highway_top", "init_args": {"keep": 0.1, "from_layer": 2.5}}, "from_layer"),

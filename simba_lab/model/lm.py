@@ -206,7 +206,8 @@ class LanguageModel(nn.Module):
         with torch.no_grad():
             signals = Signals(
                 layer=layer, backend=self.backend, dt_bias=block.dt_bias, A=block.A,
-                hidden=stream, positions=position, sequence_key=key, **context,
+                hidden=stream, positions=position, sequence_key=key,
+                channel_norms=lambda: block.channel_norms, **context,
             )  # fmt: skip
             scores = checked_scores(plan.criterion, signals)
             selected = select_tokens(self.backend, scores, position, k, plan.protect_recent)
@@ -233,14 +234,20 @@ class LanguageModel(nn.Module):
 
         return CapturedPrefill(self, batch, n_context, beside)
 
-    def extend(self, tokens: Tensor, states: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
-        """Suffix tokens (B, n) after ``states``: logits (B, n, V) and the new states. A decoding step is n = 1."""
+    def extend(
+        self, tokens: Tensor, states: list[LayerState], n_scored: int | None = None
+    ) -> tuple[Tensor, list[LayerState]]:
+        """Suffix tokens (B, n) after ``states``: logits (B, n, V) and the new states. A decoding step is n = 1.
+
+        ``n_scored``, at least 1, gives the logits of the last so many tokens only.
+        """
         backend = self.backend
         hidden, residual, after = self.backbone.embedding(tokens), None, []
         for block, state in zip(self.backbone.layers, states, strict=True):
             hidden, residual, state, _ = block(hidden, residual, backend, state)
             after.append(state)
-        return self._head(hidden, residual), after
+        scored = slice(None if n_scored is None else -n_scored, None)
+        return self._head(hidden[:, scored], residual[:, scored]), after
 
 
 def _stream(hidden: Tensor, residual: Tensor, present: int) -> Tensor:

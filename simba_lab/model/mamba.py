@@ -117,6 +117,11 @@ class Mixer(nn.Module):
         """State matrix (d_inner, d_state), negative, fp32 at least."""
         return negative_exp(self.A_log) if self.frozen_A is None else self.frozen_A
 
+    @property
+    def channel_norms(self) -> Tensor:
+        """How far one unit of each channel moves the residual stream (d_inner,), fp32 at least."""
+        return column_norms(self.out_proj.weight)
+
     def forward(
         self, hidden: Tensor, backend: Backend, state: LayerState | None = None
     ) -> tuple[Tensor, LayerState, MixerSignals]:
@@ -147,6 +152,11 @@ class Mixer(nn.Module):
 def negative_exp(A_log: Tensor) -> Tensor:
     """``-exp(A_log)``, fp32 at least."""
     return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+
+
+def column_norms(weight: Tensor) -> Tensor:
+    """L2 norms of the columns of a matrix (M, D), fp32 at least."""
+    return torch.linalg.vector_norm(weight, dim=0, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
 class Block(nn.Module):

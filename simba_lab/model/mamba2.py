@@ -13,6 +13,7 @@ from simba_lab.model.mamba import (
     LayerState,
     MixerSignals,
     Projection,
+    column_norms,
     initial_steps,
     initialise_conv_and_output,
     inverse_softplus,
@@ -65,6 +66,11 @@ class Mamba2Mixer(nn.Module):
     def A(self) -> Tensor:
         """One number per head (H,), negative, fp32 at least."""
         return negative_exp(self.A_log) if self.frozen_A is None else self.frozen_A
+
+    @property
+    def channel_norms(self) -> Tensor:
+        """As in Mamba-1, times the weight of the norm on the way."""
+        return column_norms(self.out_proj.weight) * self.norm.weight.abs()
 
     def forward(
         self, hidden: Tensor, backend: Backend, state: LayerState | None = None

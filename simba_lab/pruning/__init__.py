@@ -1,6 +1,8 @@
 """Token pruning: criteria score, keep schedules count, selection picks."""
 
+from simba_lab.pruning.calibrated import Calibrated
 from simba_lab.pruning.criteria import CRITERIA, Criterion, ScoredShape, Signals
+from simba_lab.pruning.impact import BandedImpact, OutputImpact, QueryImpact
 from simba_lab.pruning.plan import PruningPlan
 from simba_lab.pruning.schedules import SCHEDULES, KeepSchedule, build_schedule
 from simba_lab.pruning.select import select_index, select_mask
@@ -8,9 +10,13 @@ from simba_lab.pruning.select import select_index, select_mask
 __all__ = [
     "CRITERIA",
     "SCHEDULES",
+    "BandedImpact",
+    "Calibrated",
     "Criterion",
     "KeepSchedule",
+    "OutputImpact",
     "PruningPlan",
+    "QueryImpact",
     "ScoredShape",
     "Signals",
     "build_schedule",

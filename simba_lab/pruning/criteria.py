@@ -17,13 +17,21 @@ from simba_lab.registry import Registry
 
 
 class _OnDemand:
-    """A field that may be given as a function: it is called when the field is first read, and not if it never is."""
+    """A field that may be given as a function: it is called when the field is first read, and not if it never is.
+
+    ``optional``: the field may be left out and is None then.
+    """
+
+    def __init__(self, optional: bool = False) -> None:
+        self._optional = optional
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name, self._key = name, f"_{name}"
 
     def __get__(self, instance: Signals | None, owner: type | None = None) -> Tensor:
         if instance is None:
+            if self._optional:
+                return None  # which dataclass takes for the default
             raise AttributeError(self._name)  # tells dataclass that the field has no default
         value = instance.__dict__[self._key]
         if callable(value):
@@ -41,8 +49,7 @@ class Signals:
     Shapes: B sequences, k tokens, D inner channels, N states, M model channels, T original context length. Comments
     give them for Mamba-1. In Mamba-2 the D channels are H heads of P, one after the other, and G groups of heads share
     B and C: dt and delta are (B, k, H), dt_bias and A (H,), B and C (B, k, G, N), the rest is the same.
-    ``hidden`` and ``sequence_key`` may be given as functions: few criteria read them, and each costs a pass over its
-    tokens.
+    The last fields may be given as functions: few criteria read them, and each costs a pass over tokens or weights.
     """
 
     layer: int
@@ -57,6 +64,7 @@ class Signals:
     hidden: Tensor = _OnDemand()  # (B, k, M) residual-stream vectors after this layer
     positions: Tensor  # (B, k) int64, original positions, ascending
     sequence_key: Tensor = _OnDemand()  # (B,) int64, a hash of the context's token ids
+    channel_norms: Tensor | None = _OnDemand(optional=True)  # (D,) how far a channel moves the residual stream
 
     @property
     def delta(self) -> Tensor:
@@ -135,37 +143,59 @@ def checked_scores(criterion: Criterion, signals: Signals) -> Tensor:
     return scores
 
 
+REDUCTIONS = ("max", "absmax", "l2")
+
+
+def check_reduce(criterion: str, reduce: str) -> str:
+    """``reduce`` if the impact ops know it; raises InputError."""
+    if reduce not in REDUCTIONS:
+        raise InputError(f"criterion {criterion}: reduce must be max, absmax or l2, got {reduce!r}")
+    return reduce
+
+
+def impact_on_boundary(signals: Signals, query: Tensor, weight: Tensor | None, reduce: str) -> Tensor:
+    """What each token left in the boundary's state, read by ``query``: scores (B, k).
+
+    ``query`` has the shape of one token's C: (B, N), in Mamba-2 (B, G, N); the boundary's own C gives its output.
+    ``weight`` (B, D) multiplies the channels before they are reduced. One call of the backend's op of the generation;
+    with an A per head the impact is one number per head times x, so that no state needs a power of its own.
+    """
+    op, x = signals.backend.global_impact, signals.x
+    if signals.per_head:
+        op, x = signals.backend.ssd_impact, signals.heads(x)
+        weight = None if weight is None else signals.heads(weight)
+    return op(x, signals.dt, signals.dt_bias, signals.A, signals.B, query, weight, reduce)
+
+
+def impact_flops(shape: ScoredShape, weighted: bool, reduce: str) -> int:
+    """Cost of :func:`impact_on_boundary` for one sequence."""
+    if shape.n_heads is not None:
+        return cost.ssd_impact(
+            shape.n_tokens, shape.d_inner, shape.n_heads, shape.n_groups, shape.d_state, weighted, reduce
+        )
+    return cost.global_impact(shape.n_tokens, shape.d_inner, shape.d_state, weighted, reduce)
+
+
 @CRITERIA.register("global_impact")
 class GlobalImpact(Criterion):
     """What the token adds to the boundary's output through the recurrence (Simba).
 
     ``reduce`` over channels: ``max`` (the paper), ``absmax``, ``l2``. ``gated`` weighs channel d by silu(z_b[d]), which
-    is how much of it leaves the layer at the boundary (in Mamba-2 it passes a norm on the way). With an A per head the
-    impact is one number per head times x, so that no state needs a power of its own.
+    is how much of it leaves the layer at the boundary (in Mamba-2 it passes a norm on the way).
     """
 
     op = "global_impact"
 
     def __init__(self, reduce: str = "max", gated: bool = False) -> None:
-        if reduce not in ("max", "absmax", "l2"):
-            raise InputError(f"criterion global_impact: reduce must be max, absmax or l2, got {reduce!r}")
-        self.reduce = reduce
+        self.reduce = check_reduce("global_impact", reduce)
         self.gated = gated
 
     def score(self, signals: Signals) -> Tensor:
-        gate, x = F.silu(signals.z[:, -1]) if self.gated else None, signals.x
-        op = signals.backend.global_impact
-        if signals.per_head:
-            gate, x = None if gate is None else signals.heads(gate), signals.heads(x)
-            op = signals.backend.ssd_impact
-        return op(x, signals.dt, signals.dt_bias, signals.A, signals.B, signals.C[:, -1], gate, self.reduce)
+        gate = F.silu(signals.z[:, -1]) if self.gated else None
+        return impact_on_boundary(signals, signals.C[:, -1], gate, self.reduce)
 
     def flops(self, shape: ScoredShape) -> int:
-        if shape.n_heads is not None:
-            return cost.ssd_impact(
-                shape.n_tokens, shape.d_inner, shape.n_heads, shape.n_groups, shape.d_state, self.gated, self.reduce
-            )
-        return cost.global_impact(shape.n_tokens, shape.d_inner, shape.d_state, self.gated, self.reduce)
+        return impact_flops(shape, self.gated, self.reduce)
 
 
 @CRITERIA.register("local_delta")

@@ -15,7 +15,8 @@ from simba_lab.errors import InputError
 from simba_lab.registry import Registry, Spec
 
 
-def _share(owner: str, key: str, value: float | None) -> float | None:
+def share_in_range(owner: str, key: str, value: float | None) -> float | None:
+    """``value`` if it is a share in (0, 1] or None; raises InputError that names schedule and key."""
     if value is not None and not (isinstance(value, (int, float)) and 0 < value <= 1):
         raise InputError(f"schedule {owner}: {key} must lie in (0, 1], got {value!r}")
     return value
@@ -27,11 +28,21 @@ class KeepSchedule(ABC):
     A subclass states its curve in :meth:`shares`. ``knob`` names the ``__init__`` argument that is free, which may be
     left None until it is solved for; it lies in ``knob_range`` and more of it never means fewer tokens. Arguments are
     plain data and kept under their names. ``multiple_of`` rounds counts up to multiples (never above n_context).
+    ``every`` lets counts change only at every so many layers, to the mean share of the layers up to the next change: a
+    layer that is followed by as many tokens needs no scores, no selection and no gather.
     """
 
     knob: ClassVar[str] = "final_keep"
     knob_range: ClassVar[tuple[float, float]] = (1e-6, 1.0)
     multiple_of: int = 1
+    every: int = 1
+
+    def set_rounding(self, name: str, multiple_of: int, every: int) -> None:
+        """Keeps both arguments, which every schedule of ours takes; raises InputError unless they are integers >= 1."""
+        for key, value in (("multiple_of", multiple_of), ("every", every)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"schedule {name}: {key} must be an integer of at least 1, got {value!r}")
+        self.multiple_of, self.every = multiple_of, every
 
     @abstractmethod
     def shares(self, n_layers: int) -> Sequence[float]:
@@ -53,7 +64,17 @@ class KeepSchedule(ABC):
         if any(upper > lower + 1e-12 for lower, upper in zip(shares, shares[1:], strict=False)):
             raise InputError(f"schedule {name}: rises with depth: {_curve(shares)}; a dropped token never returns")
         # The running minimum keeps a rise within float error, which passes above, from becoming one in tokens.
-        return [self._rounded(share * n_context, n_context) for share in accumulate(shares, min)]
+        return [self._rounded(share * n_context, n_context) for share in accumulate(self._in_steps(shares), min)]
+
+    def _in_steps(self, shares: list[float]) -> list[float]:
+        """``shares`` in which each run of ``every`` layers above the first has its mean."""
+        if self.every == 1:
+            return shares
+        steps = shares[:1]
+        for first in range(1, len(shares), self.every):
+            run = shares[first : first + self.every]
+            steps += [sum(run) / len(run)] * len(run)
+        return steps
 
     def _rounded(self, tokens: float, n_context: int) -> int:
         multiple = self.multiple_of
@@ -67,7 +88,7 @@ class KeepSchedule(ABC):
     def with_mean_keep(self, mean_keep: float, n_layers: int) -> KeepSchedule:
         """The schedule whose mean share over all layers is ``mean_keep``, by bisection on the free parameter."""
         name = SCHEDULES.name_of(self)
-        _share(name, "mean_keep", mean_keep)
+        share_in_range(name, "mean_keep", mean_keep)
 
         def mean(value: float) -> float:
             return sum([1.0, *list(self.with_knob(value).shares(n_layers))[1:]]) / n_layers
@@ -88,12 +109,6 @@ def _curve(shares: Sequence[float]) -> str:
     return "[" + ", ".join(f"{share:.3g}" for share in shares) + "]"
 
 
-def _check_multiple(owner: str, multiple_of: int) -> int:
-    if not isinstance(multiple_of, int) or multiple_of < 1:
-        raise InputError(f"schedule {owner}: multiple_of must be an integer of at least 1, got {multiple_of!r}")
-    return multiple_of
-
-
 SCHEDULES: Registry[KeepSchedule] = Registry("schedule", KeepSchedule)
 
 
@@ -103,9 +118,9 @@ class Uniform(KeepSchedule):
 
     knob = "keep"
 
-    def __init__(self, keep: float | None = None, multiple_of: int = 1) -> None:
-        self.keep = _share("uniform", "keep", keep)
-        self.multiple_of = _check_multiple("uniform", multiple_of)
+    def __init__(self, keep: float | None = None, multiple_of: int = 1, every: int = 1) -> None:
+        self.keep = share_in_range("uniform", "keep", keep)
+        self.set_rounding("uniform", multiple_of, every)
 
     def shares(self, n_layers: int) -> list[float]:
         return [1.0] + [float(self.keep)] * (n_layers - 1)
@@ -115,9 +130,9 @@ class Uniform(KeepSchedule):
 class Linear(KeepSchedule):
     """Hierarchical: a straight line from 1 at the first layer to ``final_keep`` at the last (the paper: 0.10)."""
 
-    def __init__(self, final_keep: float | None = None, multiple_of: int = 1) -> None:
-        self.final_keep = _share("linear", "final_keep", final_keep)
-        self.multiple_of = _check_multiple("linear", multiple_of)
+    def __init__(self, final_keep: float | None = None, multiple_of: int = 1, every: int = 1) -> None:
+        self.final_keep = share_in_range("linear", "final_keep", final_keep)
+        self.set_rounding("linear", multiple_of, every)
 
     def shares(self, n_layers: int) -> list[float]:
         return [1 - (1 - self.final_keep) * layer / max(1, n_layers - 1) for layer in range(n_layers)]
@@ -129,9 +144,9 @@ class Geometric(KeepSchedule):
 
     knob_range = (1e-9, 1.0)
 
-    def __init__(self, final_keep: float | None = None, multiple_of: int = 1) -> None:
-        self.final_keep = _share("geometric", "final_keep", final_keep)
-        self.multiple_of = _check_multiple("geometric", multiple_of)
+    def __init__(self, final_keep: float | None = None, multiple_of: int = 1, every: int = 1) -> None:
+        self.final_keep = share_in_range("geometric", "final_keep", final_keep)
+        self.set_rounding("geometric", multiple_of, every)
 
     def shares(self, n_layers: int) -> list[float]:
         return [self.final_keep ** (layer / max(1, n_layers - 1)) for layer in range(n_layers)]
@@ -143,13 +158,15 @@ class HighwayTop(KeepSchedule):
 
     knob = "keep"
 
-    def __init__(self, keep: float | None = None, from_layer: float = 0.5, multiple_of: int = 1) -> None:
-        self.keep = _share("highway_top", "keep", keep)
+    def __init__(
+        self, keep: float | None = None, from_layer: float = 0.5, multiple_of: int = 1, every: int = 1
+    ) -> None:
+        self.keep = share_in_range("highway_top", "keep", keep)
         if not (0 < from_layer < 1 or (from_layer >= 1 and float(from_layer).is_integer())):
             wanted = "a share in (0, 1) or a layer index of 1 or more"
             raise InputError(f"schedule highway_top: from_layer must be {wanted}, got {from_layer}")
         self.from_layer = from_layer
-        self.multiple_of = _check_multiple("highway_top", multiple_of)
+        self.set_rounding("highway_top", multiple_of, every)
 
     def shares(self, n_layers: int) -> list[float]:
         first = round(self.from_layer * n_layers) if self.from_layer < 1 else int(self.from_layer)
@@ -171,14 +188,14 @@ class Knots(KeepSchedule):
     knob = "stretch"
     knob_range = (1e-3, 1.0)
 
-    def __init__(self, values: list[float], stretch: float | None = 0.5, multiple_of: int = 1) -> None:
+    def __init__(self, values: list[float], stretch: float | None = 0.5, multiple_of: int = 1, every: int = 1) -> None:
         if not values:
             raise InputError("schedule knots: values must hold at least one share")
         for position, value in enumerate(values):
-            _share("knots", f"values[{position}]", value)
+            share_in_range("knots", f"values[{position}]", value)
         self.values = [float(value) for value in values]
-        self.stretch = _share("knots", "stretch", stretch)
-        self.multiple_of = _check_multiple("knots", multiple_of)
+        self.stretch = share_in_range("knots", "stretch", stretch)
+        self.set_rounding("knots", multiple_of, every)
 
     def shares(self, n_layers: int) -> list[float]:
         heights = [1.0, *self.values]
