@@ -20,7 +20,8 @@ from simba_lab.data import train_bpe
 from simba_lab.errors import InputError
 from simba_lab.evaluate.generation import Decoding, sample
 from simba_lab.evaluate.harness import SimbaLabLM
-from simba_lab.evaluate.scoring import Pair, encode_pair, rolling_pairs, score_pairs
+from simba_lab.evaluate.likelihood import score_pairs
+from simba_lab.evaluate.scoring import Pair, encode_pair, rolling_pairs
 from simba_lab.model import LanguageModel, ModelConfig
 
 TEXT = "the quick brown fox jumps over the lazy dog while the other dog sleeps under a tree and dreams of foxes. "
@@ -120,7 +121,7 @@ def test_long_continuations_are_scored_in_pieces(run_folder: Path, monkeypatch: 
     model = adapter(run_folder, **ARMS["pruned"]).model
     pairs = [Pair(np.arange(9, 20), np.arange(20, 20 + length)) for length in (1, 13, 30)]
     whole = dict(score_pairs(model, pairs, 8))
-    monkeypatch.setattr("simba_lab.evaluate.scoring.POSITIONS", 12)
+    monkeypatch.setattr("simba_lab.evaluate.prefixes.LONGEST_SCORED", 12)
     assert [dict(score_pairs(model, pairs, 8))[index].log_likelihood for index in range(3)] == pytest.approx(
         [whole[index].log_likelihood for index in range(3)], abs=1e-4
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from simba_lab.data import Tokenizer
 from simba_lab.errors import InputError
-from simba_lab.evaluate.scoring import chunks, context_batches, rows_of
+from simba_lab.evaluate.likelihood import chunks, rows_of
 from simba_lab.model import CapturedDecoder, LanguageModel, LayerState, Output
 
 DEFAULT_TOKENS = 256
@@ -105,6 +106,15 @@ def generate(
             writers = [_Writer(owner, prompts[owner], tokenizer) for _, owner in chunk]
             _decode(model, writers, out.logits[index, -1], rows_of(out.states, index))
             yield from ((writer.owner, writer.text) for writer in writers)
+
+
+def context_batches(contexts: Sequence[np.ndarray], batch_size: int) -> Iterator[Sequence[list[int]]]:
+    """Batches of up to ``batch_size`` different contexts of one length; each context is the list of its owners."""
+    by_length: dict[int, dict[bytes, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for owner, context in enumerate(contexts):
+        by_length[len(context)][context.tobytes()].append(owner)
+    for length in sorted(by_length, reverse=True):
+        yield from chunks(list(by_length[length].values()), batch_size)
 
 
 def _decode(model: LanguageModel, writers: list[_Writer], logits: Tensor, states: list[LayerState]) -> None:

@@ -34,7 +34,8 @@ from simba_lab.evaluate.arguments import (
 )
 from simba_lab.evaluate.fingerprint import arm_hash, weights_hash
 from simba_lab.evaluate.generation import Decoding, Prompt, generate
-from simba_lab.evaluate.scoring import Pair, encode_pair, rolling_pairs, score_pairs
+from simba_lab.evaluate.likelihood import score_pairs
+from simba_lab.evaluate.scoring import Pair, encode_pairs, rolling_pairs
 from simba_lab.kernels.cost import CONVENTION, Ledger, recording
 from simba_lab.model import LanguageModel
 from simba_lab.registry import Spec
@@ -156,7 +157,7 @@ class SimbaLabLM(LM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, is it the greedy continuation) of each (context, continuation)."""
-        pairs = self._shortened([encode_pair(self._tokenizer, *request.args) for request in requests])
+        pairs = self._shortened(encode_pairs(self._tokenizer, [request.args for request in requests]))
         scores = score_pairs(self.model, pairs, self.batch_size)
         answers = ((index, (score.log_likelihood, score.greedy)) for index, score in scores)
         return self._collect("loglikelihood", requests, answers, disable_tqdm)
