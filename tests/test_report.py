@@ -17,128 +17,32 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from made_results import BUDGET, COUNTS, example, written
 from rich.console import Console
 
 from simba_lab.errors import BudgetMismatch, InputError
 from simba_lab.report import load_results, print_table, write_report
-from simba_lab.report.figures import all_figures
-from simba_lab.report.html import render
-
-LAYERS, CONTEXT, BUDGET = 8, 960, 41_250_000_000
-BINS = [(1, 16), (17, 64), (65, 256), (257, 512), (513, 960), (None, None)]
-COUNTS = {
-    "uniform": [CONTEXT] + [490] * 7,
-    "linear": [960, 837, 713, 590, 466, 343, 219, 96],
-    "highway_top": [960, 960, 960, 960, 100, 100, 100, 100],
-}
-CRITERIA = ["global_impact", "local_delta", "norm", "random/seed0", "random/seed1", "random/seed2", "recency"]
+from simba_lab.report.context_figure import context_figure
+from simba_lab.report.curve_figures import distance_figure, keep_figure, search_figure
+from simba_lab.report.drawing import Figure
+from simba_lab.report.figures import flops_figure, seconds_figure
+from simba_lab.report.folders import Comparison, Gathered
+from simba_lab.report.forest_figure import forest_figure
+from simba_lab.report.html import render as render_gathered
+from simba_lab.report.importance import importance_figure
 
 
-def arm_dict(draw: np.random.Generator, name: str, kind: str, offset: float, far_offset: float) -> dict[str, Any]:
-    """One arm whose differences have an interval of +-0.004 (plain) and +-0.03 (far)."""
-    first = kind == "smaller_dense"
-
-    def face(base: float, gap: float, half: float, spread: float, far: str) -> dict[str, Any]:
-        value, gap = base + gap, 0.0 if first else gap
-        return {
-            f"quality{far}": value,
-            f"quality{far}_interval": [value - spread, value + spread],
-            f"difference{far}": None if first else gap,
-            f"difference{far}_interval": None if first else [gap - half, gap + half],
-            f"p_value{far}": None if first else (0.0046 if abs(gap) > half else 0.61),
-        }
-
-    schedule, _, criterion = name.partition("/")
-    counts = COUNTS[schedule] if kind == "pruned" else [545 if kind == "shorter_context" else CONTEXT] * LAYERS
-    nlls = 1.2 + 0.9 * np.arange(len(BINS)) + offset + draw.normal(0, 0.02, len(BINS))
-    return {
-        "name": name,
-        "kind": kind,
-        "criterion": criterion.partition("/")[0] if kind == "pruned" else None,
-        "schedule": schedule if kind == "pruned" else None,
-        "matched": kind != "dense",
-        "flops": round(BUDGET * (1.74 if kind == "dense" else 1 + draw.uniform(-0.003, 0.003))),
-        **face(2.61, offset, 0.004, 0.05, ""),
-        **face(5.42, far_offset, 0.03, 0.16, "_far"),
-        "windows": 1024,
-        "wall_seconds": float(draw.uniform(11, 19)),
-        "run": f"arms/{name.replace('/', '-')}",
-        "keep_counts": counts,
-        "mean_keep": float(np.mean(counts) / CONTEXT),
-        "final_keep": counts[-1] / CONTEXT,
-        "by_distance": [
-            {"low": low, "high": high, "tokens": 9000 // (i + 1), "nll": float(nlls[i])}
-            for i, (low, high) in enumerate(BINS)
-        ],
-        "flops_by_op": {"in_proj": 18_000_000_000, "scan": 9_000_000_000},
-        "spec": {"d_model": 256, "n_layer": LAYERS},
-    }
+def render(results: dict[str, Any]) -> str:
+    return render_gathered(Gathered([Comparison(results)]))
 
 
-def example(search: bool = False) -> dict[str, Any]:
-    """A results.json as a sweep writes it: 24 arms, the smaller dense model first."""
-    draw = np.random.default_rng(0)
-    arms = [arm_dict(draw, "small-dense", "smaller_dense", 0.0, 0.0)]
-    arms.append(arm_dict(draw, "short-context", "shorter_context", -0.031, 0.11))
-    arms.append(arm_dict(draw, "dense", "dense", -0.034, -0.21))
-    for s, schedule in enumerate(COUNTS):
-        for c, criterion in enumerate(CRITERIA):
-            gap = 0.012 * c - 0.022 + 0.004 * s
-            arms.append(arm_dict(draw, f"{schedule}/{criterion}", "pruned", gap, 3 * gap - 0.05))
-    ranked = sorted((arm for arm in arms if arm["matched"]), key=lambda arm: arm["quality_far"])
-    results = {
-        "name": "hierarchy_ablation",
-        "created": "2026-05-04T10:11:12+00:00",
-        "command": "simba-lab sweep --config sweeps/hierarchy_ablation.yaml",
-        "budget_flops": BUDGET,
-        "tolerance": 0.005,
-        "budget_reference": "dense model of 5 layers on 960 + 64 tokens",
-        "convention": "FLOPs = 2 x multiply-adds, head on the scored positions.",
-        "metric": "mean NLL of the suffix tokens, nats/token",
-        "protocol": "suffix",
-        "n_context": CONTEXT,
-        "n_suffix": 64,
-        "far_distance": 545,
-        "windows": 1024,
-        "far_tokens": 3871,
-        "environment": {"python": "3.11.9", "torch": "2.13.0", "cpu": "two cores", "platform": "Linux"},
-        "config": {"schedules": list(COUNTS), "criteria": CRITERIA, "model": {"d_model": 256, "n_layer": LAYERS}},
-        "conclusion": {
-            "sentence": "At equal FLOPs, the same model on a shorter context (short-context) has the lowest NLL: "
-            "2.5790 nats/token. The best pruned arm, uniform/global_impact, loses to it: difference +0.0090 "
-            "nats/token, 95 % interval +0.0050 to +0.0130, corrected p = 0.005.",
-            "best": "short-context",
-            "not_separable": ["uniform/global_impact", "linear/global_impact"],
-            "far_sentence": f"At equal FLOPs, {ranked[0]['name']} has the lowest far-token NLL. It beats "
-            "the smaller dense model (small-dense) on far tokens: difference -0.1160 nats/token, 95 % interval "
-            "-0.1460 to -0.0860, corrected p = 0.005.",
-            "best_far": ranked[0]["name"],
-            "not_separable_far": [ranked[1]["name"], ranked[2]["name"]],
-        },
-        "arms": arms,
-    }
-    if search:
-        trials = [
-            {
-                "number": n,
-                "value": None if n == 7 else 2.6 - 0.03 * (1 - np.exp(-n / 10)) + float(draw.normal(0, 0.004)),
-                "knots": [1.0, 0.6, 0.2],
-                "keep_counts": [960, 900, 800, 640, 420, 240, 130, 60],
-                "flops": BUDGET,
-                "state": "FAIL" if n == 7 else "COMPLETE",
-            }
-            for n in range(30)
-        ]
-        results["search"] = {"trials": trials, "best": 22}
-    return results
-
-
-def written(tmp_path: Path, results: dict[str, Any]) -> Path:
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(results))
-    return path
+def all_figures(results: dict[str, Any]) -> list[Figure]:
+    one = Comparison(results)
+    made = [flops_figure([one], "quality"), flops_figure([one], "quality_far"), seconds_figure([one])]
+    made += [keep_figure(one), search_figure(one), context_figure([one]), distance_figure(one), forest_figure(one)]
+    made += [importance_figure(one)]
+    return [figure for figure in made if figure is not None]
 
 
 class Page(HTMLParser):
@@ -216,7 +120,7 @@ def test_page_is_whole_small_and_needs_no_network(page: Page, text: str) -> None
     names = {arm["name"] for arm in example()["arms"]}
     assert all(name in page.text for name in names)
     for value in page.values("href") + page.values("src") + page.values("xlink:href"):
-        assert value.startswith(("#", "./", "data:text/csv")), value
+        assert value.startswith(("#", "./", "data:text/csv", "data:text/yaml")), value
     assert re.findall(r"https?://[^\s\"<]+", text) == re.findall(r"http://www\.w3\.org/[^\s\"<]+", text)
     assert "url(http" not in text and "@import" not in text
     ids = page.values("id")
@@ -250,7 +154,7 @@ def test_rows_link_to_the_arms_configuration_and_carry_sortable_numbers(page: Pa
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\u202e$x_1^2$\x07\ud800"
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.filterwarnings("error:Glyph")
 def test_hostile_text_is_shown_and_never_run(tmp_path: Path) -> None:
     results = example(search=True)
     hostile = results["arms"][5]
@@ -262,7 +166,7 @@ def test_hostile_text_is_shown_and_never_run(tmp_path: Path) -> None:
     page = Page(text)
     assert [tag for tag, _ in page.tags].count("script") == 1
     assert not [tag for tag, attrs in page.tags if tag == "img" or any(name.startswith("on") for name in attrs)]
-    assert all(value.startswith(("#", "./", "data:text/csv")) for value in page.values("href"))
+    assert all(value.startswith(("#", "./", "data:text/csv", "data:text/yaml")) for value in page.values("href"))
     assert "\u202e" not in text and "\x07" not in text
     assert "alert(1)" in page.text and "$x_1^2$" in page.text
 
@@ -281,13 +185,17 @@ def test_same_results_give_the_same_page(text: str) -> None:
 def test_figures_are_searchable_svg_with_their_numbers_as_csv() -> None:
     results = example(search=True)
     figures = {figure.key: figure for figure in all_figures(results)}
-    assert list(figures) == ["flops", "far-flops", "forest", "keep", "distance", "search", "seconds"]
+    assert list(figures) == [
+        "flops", "far-flops", "seconds", "keep", "search", "context", "distance", "forest", "importance",
+    ]  # fmt: skip
     for figure in figures.values():
         root = ElementTree.fromstring(figure.svg)
         texts = ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
         assert len(texts) > 10 and "width" not in root.attrib
         assert "currentColor" in figure.svg and "#010203" not in figure.svg
-        assert len(figure.caption) > 100 and ("nats/token" in figure.caption or figure.key == "keep")
+        assert len(figure.caption) > 100 and (
+            "nats/token" in figure.caption or figure.key in ("keep", "importance")
+        )
         if figure.key == "forest":
             assert {arm["name"] for arm in results["arms"][1:]} <= set(texts)
     table = list(csv.DictReader(io.StringIO(figures["forest"].csv)))

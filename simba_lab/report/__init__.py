@@ -1,4 +1,4 @@
-"""From `results.json` to a table in the terminal and a page that explains itself; reads files only."""
+"""From run folders to a table in the terminal and a page that explains itself; reads files only."""
 
 from simba_lab.report.html import write_report
 from simba_lab.report.results import load_results

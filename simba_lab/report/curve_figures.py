@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simba_lab.report.drawing import INK, WIDTH, Drawn, Figure, as_csv, canvas, draw
-from simba_lab.report.marks import CONTROLS, curve_look
+from simba_lab.report.folders import Comparison
+from simba_lab.report.marks import CONTROLS, curve_look, curve_looks
 from simba_lab.report.results import Arm, Results
 from simba_lab.report.wording import KINDS, shortened
 
@@ -14,24 +15,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def keep_figure(results: Results) -> Figure | None:
+SEARCHED = "searched"
+
+
+def keep_figure(comparison: Comparison) -> Figure | None:
     """Context tokens entering each layer; arms of one schedule share a look, and a line where they share the counts."""
+    results = comparison.results
     arms = [arm for arm in results["arms"] if arm["keep_counts"]]
     if not arms:
         return None
-    key, title = "keep", "Keep curves by layer"
+    key, title = f"{comparison.prefix}keep", "Keep curves by layer"
     families: dict[str, list[Arm]] = {}
     for arm in arms:
-        families.setdefault(shortened(arm["schedule"] or KINDS.get(arm["kind"], arm["kind"]), 28), []).append(arm)
+        families.setdefault(_family(results, arm), []).append(arm)
 
     def build() -> Drawn:
         figure = canvas(WIDTH, 3.9)
         axes = figure.subplots()
-        for index, (name, members) in enumerate(families.items()):
+        looks = curve_looks([members[0]["kind"] for members in families.values()])
+        for (name, members), look in zip(families.items(), looks, strict=True):
             curves = list(dict.fromkeys(tuple(arm["keep_counts"]) for arm in members))
             label = f"{name} ({len(members)} arms)" if len(members) > 1 else name
+            if name == SEARCHED:
+                look |= {"linestyle": "-", "linewidth": 3.2, "markersize": 8, "zorder": 3}
             for number, curve in enumerate(curves):
-                look = curve_look(index, members[0]["kind"])
                 axes.plot(range(len(curve)), curve, label=label if number == 0 else None, **look)
         _layer_axis(axes, max(len(arm["keep_counts"]) for arm in arms), results["n_context"])
         figure.legend(loc="outside right upper", title="schedule")
@@ -42,10 +49,18 @@ def keep_figure(results: Results) -> Figure | None:
         "tokens are never pruned and not counted. Where criteria cost different FLOPs, the budget solver gives the "
         "same schedule slightly different counts, drawn as separate lines."
     )
+    if SEARCHED in families:
+        caption += " The thick line is the curve that the search found."
     layers = max(len(arm["keep_counts"]) for arm in arms)
     rows = [[arm["name"], *arm["keep_counts"]] for arm in arms]
     table = as_csv(["arm", *(f"layer_{layer}" for layer in range(layers))], rows)
     return Figure(key, title, caption, draw(key, title, build), table)
+
+
+def _family(results: Results, arm: Arm) -> str:
+    if results.get("search") and arm["name"] == SEARCHED:
+        return SEARCHED
+    return shortened(arm["schedule"] or KINDS.get(arm["kind"], arm["kind"]), 28)
 
 
 def _layer_axis(axes: Axes, layers: int, n_context: int) -> None:
@@ -58,28 +73,30 @@ def _layer_axis(axes: Axes, layers: int, n_context: int) -> None:
     share.set_ylabel("share of the context (%)")
 
 
-def distance_figure(results: Results) -> Figure | None:
+def distance_figure(comparison: Comparison) -> Figure | None:
     """NLL by evidence distance: absolute, and relative to the first arm."""
+    results = comparison.results
     first = results["arms"][0]
     bins = [(row["low"], row["high"]) for row in first["by_distance"] or []]
     arms = [arm for arm in results["arms"] if _bins(arm) == bins]
     if not bins:
         return None
-    key, title = "distance", "NLL by evidence distance"
-    shown = _telling(results, arms)
+    key, title = f"{comparison.prefix}distance", "NLL by evidence distance"
+    shown = telling(results, arms)
 
     def build() -> Drawn:
         figure = canvas(WIDTH, 4.2)
-        absolute, relative = figure.subplots(1, 2, width_ratios=(2, 3))
-        for index, arm in enumerate(shown):
+        absolute, relative = figure.subplots(1, 2)
+        looks = curve_looks([arm["kind"] for arm in shown])
+        for arm, look in zip(shown, looks, strict=True):
             values = [row["nll"] for row in arm["by_distance"]]
             base = [row["nll"] for row in first["by_distance"]]
             gaps = [None if v is None or b is None else v - b for v, b in zip(values, base, strict=True)]
-            _bin_line(absolute, values, {**curve_look(index, arm["kind"]), "label": shortened(arm["name"], 28)})
-            _bin_line(relative, gaps, curve_look(index, arm["kind"]))
+            _bin_line(absolute, values, {**look, "label": shortened(arm["name"], 28)})
+            _bin_line(relative, gaps, look)
         labels = [f"{_bin_name(row)}\n{row['tokens']}" for row in first["by_distance"]]
         for axes in (absolute, relative):
-            axes.set_xticks(range(len(bins)), labels, fontsize=7.5)
+            axes.set_xticks(range(len(bins)), labels, fontsize=6.8)
             axes.set_xlabel("positions back to the last occurrence; below: tokens")
         absolute.set(title="NLL", ylabel="nats/token")
         relative.set(title=f"minus {shortened(first['name'])}", ylabel="nats/token (below 0: better)")
@@ -112,7 +129,7 @@ def _bin_line(axes: Axes, values: Sequence[float | None], look: Mapping[str, Any
     axes.plot(range(len(values)), [float("nan") if v is None else v for v in values], **look)
 
 
-def _telling(results: Results, arms: Sequence[Arm]) -> list[Arm]:
+def telling(results: Results, arms: Sequence[Arm]) -> list[Arm]:
     """The controls, both best arms and the best far arm of each schedule: few enough to follow by eye."""
     conclusion, chosen = results["conclusion"], set()
     best_of: dict[str, Arm] = {}
@@ -133,13 +150,14 @@ def _distance_csv(arms: Sequence[Arm]) -> str:
     return as_csv(["arm", "low", "high", "tokens", "nll"], rows)
 
 
-def search_figure(results: Results) -> Figure | None:
+def search_figure(comparison: Comparison) -> Figure | None:
     """An Optuna search: the value of each trial with the best so far, and the best curve beside the linear one."""
+    results = comparison.results
     search = results.get("search")
     done = [t for t in search["trials"] if t["value"] is not None] if search else []
     if not done:
         return None
-    key, title = "search", "Search for the keep curve"
+    key, title = f"{comparison.prefix}search", "Search for the keep curve"
 
     def build() -> Drawn:
         figure = canvas(WIDTH, 3.9)

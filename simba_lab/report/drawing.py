@@ -10,6 +10,7 @@ import csv
 import html
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,9 @@ def draw(key: str, label: str, build: Callable[[], Drawn]) -> str:
     """
     import matplotlib
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": key}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": key}), warnings.catch_warnings():
+        # The browser draws the text, with fonts of its own.
+        warnings.filterwarnings("ignore", message="Glyph")
         figure, hints = build()
         buffer = io.StringIO()
         empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -111,7 +114,9 @@ def _for_a_page(svg: str, key: str, label: str, hints: Mapping[str, str]) -> str
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", svg, count=1, flags=re.S)
     svg = svg.replace(INK, "currentColor").replace("'DejaVu Sans'", _FONTS)
     svg = re.sub(r'\bid="', f'id="{key}-', svg)
-    svg = svg.replace("url(#", f"url(#{key}-").replace('href="#', f'href="#{key}-')
+    svg = svg.replace("url(#", f"url(#{key}-")
+    # Glyphs and markers are found inside the figure; a link leads to the page's own configurations.
+    svg = re.sub(r'href="#(?!config-)', f'href="#{key}-', svg)
     for gid, hint in hints.items():
         opening = f'<g id="{key}-{gid}">'
         assert opening in svg, f"no artist is called {gid}"

@@ -1,78 +1,174 @@
-"""The figures of the report, each a function from results to a `Figure` (SVG, caption, CSV), or None without data."""
+"""Quality against what it costs: every arm against FLOPs and against seconds, with dense models as a line."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
-from simba_lab.report.curve_figures import distance_figure, keep_figure, search_figure
 from simba_lab.report.drawing import INK, WIDTH, Drawn, Figure, as_csv, canvas, draw
+from simba_lab.report.folders import Comparison
 from simba_lab.report.marks import Marks
-from simba_lab.report.results import Arm, Results, by_quality, differs_from_first
-from simba_lab.report.wording import kind_of, number, shortened
+from simba_lab.report.results import Arm, Results
+from simba_lab.report.wording import number, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# A run of ordinary spaces collapses to one in SVG text.
-BLANK = "\u00a0"
-
 _FACES = {"quality": "suffix NLL (nats/token)", "quality_far": "far-token NLL (nats/token)"}
+_DIFFERENCES = {"quality": "difference", "quality_far": "difference_far"}
+_LADDER = ("smaller_dense", "dense")
 
 
-def all_figures(results: Results) -> list[Figure]:
-    """Every figure that these results have the data for, in reading order."""
-    made = [
-        flops_figure(results, "quality"),
-        flops_figure(results, "quality_far"),
-        forest_figure(results),
-        keep_figure(results),
-        distance_figure(results),
-        search_figure(results),
-        seconds_figure(results),
-    ]
-    return [figure for figure in made if figure is not None]
+@dataclass(frozen=True)
+class Point:
+    """An arm in a figure: where it stands, and the configuration that its marker links to."""
+
+    arm: Arm
+    x: float
+    y: float
+    interval: tuple[float, float] | None
+    url: str
+    owner: Comparison
+
+    @property
+    def matched(self) -> bool:
+        return self.arm["matched"]
 
 
-def flops_figure(results: Results, face: str) -> Figure | None:
+def points_of(comparisons: Sequence[Comparison], face: str, where: Callable[[Arm], float | None]) -> list[Point]:
+    """Every arm with a quality and a positive place; the interval is that of its paired difference, around its own."""
+    made = []
+    for owner in comparisons:
+        for arm in owner.results["arms"]:
+            if arm[face] is None or not (x := where(arm)):
+                continue
+            difference, around = arm[_DIFFERENCES[face]], arm[f"{_DIFFERENCES[face]}_interval"]
+            interval = None
+            if difference is not None and around is not None:
+                interval = (arm[face] + around[0] - difference, arm[face] + around[1] - difference)
+            made.append(Point(arm, x, arm[face], interval, f"#{owner.anchor(arm)}", owner))
+    return made
+
+
+def flops_figure(comparisons: Sequence[Comparison], face: str, key: str = "") -> Figure | None:
     """Quality against FLOPs: every arm, and beside it the arms inside the budget's tolerance."""
-    arms = [arm for arm in results["arms"] if arm[face] is not None]
-    if not arms:
+    points = points_of(comparisons, face, itemgetter("flops"))
+    if not points:
         return None
+    results = comparisons[0].results
     far = face == "quality_far"
-    budget, key = results["budget_flops"], "far-flops" if far else "flops"
-    title = "Far tokens against FLOPs" if far else "Quality against FLOPs"
+    key = key or ("far-flops" if far else "flops")
+    title = "Far-token NLL against FLOPs" if far else "Suffix NLL against FLOPs"
 
     def build() -> Drawn:
-        figure = canvas(WIDTH, 4.2)
-        marks, hints = Marks(results["arms"]), {}
+        figure = canvas(WIDTH, 4.4)
+        marks = Marks([point.arm for point in points])
         everything, inside = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
-        everything.axvspan(
-            *(budget / 1e9 * (1 + s * results["tolerance"]) for s in (-1, 1)), color=INK, alpha=0.12, lw=0
-        )
-        hints |= _points(everything, arms, [arm["flops"] / 1e9 for arm in arms], face, marks, "all")
-        _flops_axis(everything, [arm["flops"] / 1e9 for arm in arms])
-        everything.set(title="all arms", xlabel="GFLOPs per window", ylabel=_FACES[face])
-        matched = [arm for arm in arms if arm["matched"]]
-        hints |= _points(inside, matched, [100 * (arm["flops"] / budget - 1) for arm in matched], face, marks, "in")
-        edge = 120 * results["tolerance"] or 0.01
-        inside.set(title="arms within the budget", xlabel="FLOPs above the budget (%)", xlim=(-edge, edge))
-        marks.legend(figure)
+        hints = _all_arms(everything, comparisons, points, marks)
+        everything.set_ylabel(f"{_FACES[face]}, lower is better")
+        hints |= _inside(inside, results, [p for p in points if _at_budget(p, results)], marks)
+        marks.legend(figure, joined=True)
         return figure, hints
 
-    columns = ["arm", "kind", "criterion", "schedule", "matched", "flops", face, "low", "high"]
-    plain = ("name", "kind", "criterion", "schedule", "matched", "flops", face)
-    rows = [[*(arm[k] for k in plain), *(arm[f"{face}_interval"] or (None, None))] for arm in arms]
+    columns = ["sweep", "arm", "kind", "criterion", "schedule", "matched", "flops", face, "low", "high"]
+    columns += ["paired_low", "paired_high"]
+    rows = [_row(point, face) for point in points]
     return Figure(key, title, _flops_caption(results, far), draw(key, title, build), as_csv(columns, rows))
+
+
+def _at_budget(point: Point, results: Results) -> bool:
+    return point.matched and abs(point.x / results["budget_flops"] - 1) <= results["tolerance"]
+
+
+def _row(point: Point, face: str) -> list[Any]:
+    arm = point.arm
+    plain = [arm[k] for k in ("name", "kind", "criterion", "schedule", "matched", "flops", face)]
+    return [point.owner.name, *plain, *(arm[f"{face}_interval"] or (None, None)), *(point.interval or (None, None))]
+
+
+def _all_arms(axes: Axes, comparisons: Sequence[Comparison], points: Sequence[Point], marks: Marks) -> dict[str, str]:
+    budgets = {one.results["budget_flops"]: one.results["tolerance"] for one in comparisons}
+    for budget, tolerance in budgets.items():
+        axes.axvspan(*(budget / 1e9 * (1 + s * tolerance) for s in (-1, 1)), color=INK, alpha=0.12, lw=0)
+    giga = [point.x / 1e9 for point in points]
+    _dense_lines(axes, points, giga)
+    _pairs(axes, points, giga)
+    hints = _markers(axes, points, giga, marks, "all")
+    log_axis(axes, giga)
+    axes.set(title="all arms", xlabel="GFLOPs per window (log)")
+    _name_controls(axes, points, giga)
+    return hints
+
+
+def _inside(axes: Axes, results: Results, points: Sequence[Point], marks: Marks) -> dict[str, str]:
+    x = [100 * (point.x / results["budget_flops"] - 1) for point in points]
+    _pairs(axes, points, x)
+    hints = _markers(axes, points, x, marks, "in")
+    edge = 1.3 * max((abs(where) for where in x), default=0.0) or 0.01
+    axes.set(title="arms within the budget, enlarged", xlabel="FLOPs above the budget (%)", xlim=(-edge, edge))
+    return hints
+
+
+def _dense_lines(axes: Axes, points: Sequence[Point], x: Sequence[float]) -> None:
+    """The dense models of each context length as a line from the smallest to the largest."""
+    ladders: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    for point, where in zip(points, x, strict=True):
+        if point.arm["kind"] in _LADDER:
+            sizes = (point.owner.results["n_context"], point.owner.results["n_suffix"])
+            ladders.setdefault(sizes, []).append((where, point.y))
+    for ladder in ladders.values():
+        axes.plot(*zip(*sorted(set(ladder)), strict=True), color=INK, linewidth=1.4, marker="", zorder=1.5)
+
+
+def _pairs(axes: Axes, points: Sequence[Point], x: Sequence[float]) -> None:
+    """Joins, in each sweep, the dense arm at the budget with the best pruned arm at the same budget."""
+    groups: dict[int, list[tuple[Point, float]]] = {}
+    for point, where in zip(points, x, strict=True):
+        if point.matched:
+            groups.setdefault(id(point.owner), []).append((point, where))
+    for group in groups.values():
+        dense = [one for one in group if one[0].arm["kind"] == "smaller_dense"]
+        pruned = sorted((one for one in group if one[0].arm["kind"] == "pruned"), key=lambda one: one[0].y)
+        if dense and pruned:
+            ends = (dense[0], pruned[0])
+            axes.plot([e[1] for e in ends], [e[0].y for e in ends], color=INK, linestyle=":", linewidth=1.6, zorder=1.6)
+
+
+def _markers(axes: Axes, points: Sequence[Point], x: Sequence[float], marks: Marks, prefix: str) -> dict[str, str]:
+    """Draw the arms with their intervals; returns the hint of each marker by gid."""
+    hints = {}
+    for index, (point, where) in enumerate(zip(points, x, strict=True)):
+        look, gid = marks.of(point.arm), f"{prefix}-{index}"
+        if point.interval:
+            axes.plot([where, where], point.interval, color=look["color"], alpha=0.45, linewidth=1.2)
+        (line,) = axes.plot([where], [point.y], linestyle="none", gid=gid, **look)
+        line.set_url(point.url)
+        hints[gid] = f"{point.arm['name']}: {number(point.y)} nats/token, {point.arm['flops'] / 1e9:.4g} GFLOPs"
+    return hints
+
+
+def _name_controls(axes: Axes, points: Sequence[Point], x: Sequence[float]) -> None:
+    """Names beside the dense models, so that the line needs no legend."""
+    middle = sum(axes.get_xlim()) / 2
+    for name in dict.fromkeys(point.arm["name"] for point in points if point.arm["kind"] in _LADDER):
+        point, where = next((p, w) for p, w in zip(points, x, strict=True) if p.arm["name"] == name)
+        left = where > middle
+        axes.annotate(
+            shortened(name, 22), (where, point.y), xytext=(-6, -13) if left else (9, 5), textcoords="offset points",
+            ha="right" if left else "left", fontsize=8,
+        )  # fmt: skip
 
 
 def _flops_caption(results: Results, far: bool) -> str:
     scored = _far_text(results) if far else "Mean negative log-likelihood of the suffix tokens in nats/token."
     return (
-        f"{scored} Lower is better. Bars are the interval of each arm's own mean over the windows: they overlap even "
-        "where the paired difference between two arms is clear, which only the forest plot shows. Left: every arm "
-        f"against its GFLOPs per window, the budget with its tolerance shaded. Right: the arms inside the tolerance of "
-        f"{100 * results['tolerance']:g} %."
+        f"{scored} Left: every arm against its GFLOPs per window, the budget with its tolerance shaded; the solid line "
+        "joins the dense models, the dotted line the dense model at the budget and the best pruned arm at equal "
+        f"FLOPs. Right: the arms inside the tolerance of {100 * results['tolerance']:g} %. Bars are the interval of "
+        "the paired difference from the first arm, drawn around the arm's own value; the intervals of the values "
+        "themselves are far wider, since windows differ more than arms, and stand in the table and the CSV."
     )
 
 
@@ -84,104 +180,45 @@ def _far_text(results: Results) -> str:
     return f"NLL in nats/token of the {results['far_tokens']} far tokens: those that last occurred {beyond}."
 
 
-def _points(
-    axes: Axes, arms: Sequence[Arm], x: Sequence[float], face: str, marks: Marks, prefix: str
-) -> dict[str, str]:
-    """Draw the arms with their intervals; returns the hint of each marker by gid."""
-    hints = {}
-    for index, (arm, where) in enumerate(zip(arms, x, strict=True)):
-        look, gid = marks.of(arm), f"{prefix}-{index}"
-        if arm[f"{face}_interval"]:
-            axes.plot([where, where], arm[f"{face}_interval"], color=look["color"], alpha=0.45, linewidth=1.2)
-        axes.plot([where], [arm[face]], linestyle="none", gid=gid, **look)
-        hints[gid] = f"{arm['name']}: {number(arm[face])} nats/token, {arm['flops'] / 1e9:.4g} GFLOPs per window"
-    return hints
+def log_axis(axes: Axes, x: Sequence[float]) -> None:
+    """A log axis with plain numbers, also where the arms span less than a decade."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    if max(x) < 8 * min(x):
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    room = (max(x) / min(x)) ** 0.08 if max(x) > min(x) else 1.1
+    axes.set_xlim(min(x) / room, max(x) * room)
 
 
-def _flops_axis(axes: Axes, x: Sequence[float]) -> None:
-    """A log axis where the arms span more than a factor of four."""
-    if max(x) > 4 * min(x):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(lambda value, _: "")
-
-
-def seconds_figure(results: Results) -> Figure | None:
+def seconds_figure(comparisons: Sequence[Comparison]) -> Figure | None:
     """Quality against wall-clock seconds."""
-    arms = [arm for arm in results["arms"] if arm["quality"] is not None and arm["wall_seconds"]]
-    if not arms:
+    points = points_of(comparisons, "quality", itemgetter("wall_seconds"))
+    if not points:
         return None
-    key, title = "seconds", "Quality against wall-clock"
+    key, title, windows = "seconds", "Suffix NLL against seconds", comparisons[0].results["windows"]
 
     def build() -> Drawn:
-        figure = canvas(WIDTH, 3.8)
-        axes, marks = figure.subplots(), Marks(results["arms"])
-        seconds = [arm["wall_seconds"] for arm in arms]
-        hints = _points(axes, arms, seconds, "quality", marks, "s")
-        _flops_axis(axes, seconds)
-        axes.set(xlabel=f"seconds for {results['windows']} windows", ylabel=_FACES["quality"])
-        marks.legend(figure)
+        figure = canvas(WIDTH, 3.9)
+        axes, marks = figure.subplots(), Marks([point.arm for point in points])
+        seconds = [point.x for point in points]
+        _dense_lines(axes, points, seconds)
+        _pairs(axes, points, seconds)
+        hints = _markers(axes, points, seconds, marks, "s")
+        log_axis(axes, seconds)
+        axes.set(xlabel=f"seconds for {windows} windows (log)", ylabel=f"{_FACES['quality']}, lower is better")
+        _name_controls(axes, points, seconds)
+        marks.legend(figure, joined=True)
         return figure, hints
 
     caption = (
-        f"Suffix NLL in nats/token against the wall-clock seconds that each arm took for its {results['windows']} "
-        "windows on the machine named below. Seconds depend on it and its load; the comparison is made at equal FLOPs."
+        f"Suffix NLL in nats/token against the wall-clock seconds that each arm took for its {windows} windows on the "
+        "machine named below, taken once; lines and bars as above. Seconds depend on the machine and its load; the "
+        "comparison is made at equal FLOPs."
     )
-    rows = [[arm["name"], arm["wall_seconds"], arm["quality"]] for arm in arms]
-    return Figure(key, title, caption, draw(key, title, build), as_csv(["arm", "wall_seconds", "quality"], rows))
-
-
-def forest_figure(results: Results) -> Figure | None:
-    """Paired differences from the first arm, plain and far, one row per arm."""
-    first, *others = results["arms"]
-    rows = [arm for arm in by_quality({"arms": others}) if arm["difference"] is not None]
-    if not rows:
-        return None
-    key, title = "forest", f"Paired differences from {shortened(first['name'])}"
-
-    def build() -> Drawn:
-        figure = canvas(WIDTH, 1.1 + 0.24 * len(rows))
-        marks, hints = Marks(results["arms"]), {}
-        plain, far = figure.subplots(1, 2, sharey=True)
-        for axes, is_far, name in ((plain, False, "all suffix tokens"), (far, True, "far tokens")):
-            hints |= _forest(axes, rows, is_far, marks)
-            axes.set(title=name, xlabel=f"arm \u2212 first arm (nats/token)\n\u2190 better {8 * BLANK} worse \u2192")
-        plain.set_yticks(range(len(rows)), [shortened(arm["name"]) for arm in rows])
-        plain.set_ylim(len(rows) - 0.4, -0.6)
-        return figure, hints
-
-    return Figure(key, title, _forest_caption(first), draw(key, title, build), _forest_csv(rows))
-
-
-def _forest(axes: Axes, arms: Sequence[Arm], far: bool, marks: Marks) -> dict[str, str]:
-    key, hints = "difference_far" if far else "difference", {}
-    axes.axvline(0, color=INK, linewidth=1)
-    for row, arm in enumerate(arms):
-        if arm[key] is None:
-            continue
-        look = marks.of(arm) | {"fillstyle": "full" if differs_from_first(arm, far) else "none"}
-        gid = f"{key}-{row}"
-        if arm[f"{key}_interval"]:
-            axes.plot(arm[f"{key}_interval"], [row, row], color=look["color"], linewidth=1.8)
-        axes.plot([arm[key]], [row], linestyle="none", gid=gid, **look)
-        hints[gid] = f"{arm['name']} ({kind_of(arm)}): {number(arm[key], sign=True)} nats/token"
-    return hints
-
-
-def _forest_caption(first: Arm) -> str:
-    return (
-        f"Each arm's NLL minus that of the first arm, {shortened(first['name'])} ({kind_of(first)}), window by window "
-        "over the same windows, in nats/token; left of the line the arm predicts better. Bars are the paired bootstrap "
-        "interval. A filled marker is a difference that may be claimed (Holm-corrected permutation p < 0.05 and an "
-        "interval without zero), an open marker one that may not. Rows are ordered by plain NLL."
-    )
-
-
-def _forest_csv(arms: Sequence[Arm]) -> str:
-    columns, rows = ["arm"], [[arm["name"]] for arm in arms]
-    for far in ("", "_far"):
-        columns += [f"difference{far}", f"low{far}", f"high{far}", f"p_value{far}"]
-        for row, arm in zip(rows, arms, strict=True):
-            interval = arm[f"difference{far}_interval"] or (None, None)
-            row += [arm[f"difference{far}"], *interval, arm[f"p_value{far}"]]
-    return as_csv(columns, rows)
+    rows = [[p.owner.name, p.arm["name"], p.arm["wall_seconds"], p.y, *(p.interval or (None, None))] for p in points]
+    columns = ["sweep", "arm", "wall_seconds", "quality", "paired_low", "paired_high"]
+    return Figure(key, title, caption, draw(key, title, build), as_csv(columns, rows))

@@ -17,6 +17,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 FILLS = ("full", "none", "left", "top", "right", "bottom")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+JOINS = {"dense models": "-", "pair at equal FLOPs": ":"}
 CONTROLS = {"dense": "*", "smaller_dense": "d", "shorter_context": "p"}
 
 
@@ -43,8 +44,8 @@ class Marks:
     def control(self, kind: str) -> dict[str, Any]:
         return {"marker": CONTROLS[kind], "color": INK, "markersize": 11 if kind == "dense" else 8}
 
-    def legend(self, figure: Canvas) -> None:
-        """One entry per criterion, schedule and control, outside the axes on the right."""
+    def legend(self, figure: Canvas, joined: bool = False) -> None:
+        """One entry per criterion, schedule, control and (if `joined`) line, outside the axes on the right."""
         from matplotlib.lines import Line2D
 
         def entry(label: str, **look: Any) -> Line2D:
@@ -59,9 +60,22 @@ class Marks:
         ]
         entries += [entry("controls", marker="")] if self.kinds else []
         entries += [entry(KINDS[kind], **self.control(kind)) for kind in self.kinds]
+        if joined:
+            entries.append(entry("lines", marker=""))
+            entries += [Line2D([], [], color=INK, linestyle=dash, label=name) for name, dash in JOINS.items()]
         legend = figure.legend(handles=entries, loc="outside right upper")
         for text, handle in zip(legend.get_texts(), entries, strict=True):
-            text.set_weight("normal" if handle.get_marker() else "bold")
+            text.set_weight("bold" if handle.get_marker() == "" else "normal")
+
+
+def curve_looks(kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """Looks of several curves by their arms' kinds; only curves that are no control use up a colour."""
+    coloured = 0
+    looks = []
+    for index, kind in enumerate(kinds):
+        looks.append(curve_look(index if kind in CONTROLS else coloured, kind))
+        coloured += kind not in CONTROLS
+    return looks
 
 
 def curve_look(index: int, kind: str = "pruned") -> dict[str, Any]:

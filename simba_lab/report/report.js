@@ -30,6 +30,7 @@ function standalone(svg) {
   copy.setAttribute("height", box.height);
   copy.style.color = "#000";
   copy.style.background = "#fff";
+  for (const link of copy.querySelectorAll("a")) link.replaceWith(...link.childNodes);
   const text = new XMLSerializer().serializeToString(copy);
   return new Blob([text], { type: "image/svg+xml;charset=utf-8" });
 }
@@ -60,6 +61,28 @@ function savePng(svg, name) {
   };
   picture.src = source;
 }
+
+function openTarget() {
+  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const fold = target && target.closest("details");
+  if (!fold || fold.open) return;
+  fold.open = true;
+  target.scrollIntoView();
+}
+
+function nextTheme(button) {
+  const order = ["auto", "light", "dark"];
+  const next = order[(order.indexOf(button.textContent) + 1) % order.length];
+  if (next === "auto") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = next;
+  button.textContent = next;
+}
+
+const theme = document.getElementById("theme");
+theme.hidden = false;
+theme.addEventListener("click", function () { nextTheme(theme); });
+window.addEventListener("hashchange", openTarget);
+openTarget();
 
 for (const button of document.querySelectorAll("thead button")) {
   button.addEventListener("click", function () { sortBy(button.closest("th")); });

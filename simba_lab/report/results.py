@@ -80,12 +80,13 @@ _TRIAL: Shape = {
 }
 
 
-def load_results(path: Path) -> dict[str, Any]:
+def load_results(path: Path, allow_unequal: bool = False) -> dict[str, Any]:
     """The checked contents of a `results.json`.
 
     Raises:
         InputError: the file is missing or not JSON, or a key is absent or of the wrong kind; names the key.
-        BudgetMismatch: an arm called matched whose FLOPs left the tolerance; such arms are never put in one table.
+        BudgetMismatch: an arm called matched whose FLOPs left the tolerance, unless `allow_unequal`; such arms are
+            never put in one table.
     """
     results = _parse(path)
     _check(results, _RESULTS, path, "")
@@ -100,7 +101,8 @@ def load_results(path: Path) -> dict[str, Any]:
         _check(results["search"], _SEARCH, path, "search.")
         for index, trial in enumerate(results["search"]["trials"]):
             _check(trial, _TRIAL, path, f"search.trials[{index}].")
-    _check_budget(results, path)
+    if not allow_unequal:
+        _check_budget(results, path)
     return results
 
 
@@ -168,13 +170,17 @@ def _is(kind: str, value: Any) -> bool:
     return isinstance(value, {"text": str, "a list": list, "a mapping": dict, "true or false": bool}[kind])
 
 
-def _check_budget(results: Results, path: Path) -> None:
+def outside_budget(results: Results) -> list[Arm]:
+    """Arms called matched whose FLOPs left the tolerance."""
     budget, tolerance = results["budget_flops"], results["tolerance"]
+    return [arm for arm in results["arms"] if arm["matched"] and abs(arm["flops"] - budget) > tolerance * budget]
+
+
+def _check_budget(results: Results, path: Path) -> None:
+    budget = results["budget_flops"]
     outside = [
-        f"{arm['name']} {arm['flops']} ({100 * (arm['flops'] / budget - 1):+.2f} %)"
-        for arm in results["arms"]
-        if arm["matched"] and abs(arm["flops"] - budget) > tolerance * budget
+        f"{arm['name']} {arm['flops']} ({100 * (arm['flops'] / budget - 1):+.2f} %)" for arm in outside_budget(results)
     ]
     if outside:
-        limit = f"{100 * tolerance:g} % of budget_flops {budget}"
+        limit = f"{100 * results['tolerance']:g} % of budget_flops {budget}"
         raise BudgetMismatch(f"{path}: arms called matched must be within {limit}: {', '.join(outside)}")
