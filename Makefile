@@ -12,13 +12,14 @@ ARMS ?= dense linear:global_impact@0.55 linear:norm@0.55 linear:recency@0.55
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+STORAGE ?= sqlite:///runs/sweeps/$(EXP)/study.db
 SWEEPS := $(basename $(notdir $(wildcard sweeps/*.yaml)))
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup sweep report eval tasks bench bench-table doctor test test-gpu lock clean check-python
+.PHONY: help setup sweep report eval tasks bench bench-table doctor dashboard test test-gpu soak lock clean check-python
 
 help:  ## print this list
 	@echo "make TARGET [EXP=sweep] [CKPT=checkpoint] [ARGS='further arguments']"
@@ -29,6 +30,13 @@ setup: $(STAMP)  ## make .venv and install the pinned dependencies and this chec
 
 sweep: require-sweep $(STAMP)  ## run sweeps/$(EXP).yaml; again to continue, e.g. make sweep EXP=hierarchy_ablation
 	@$(BIN)/simba-lab sweep --config sweeps/$(EXP).yaml $(ARGS)
+
+dashboard: require-sweep  ## watch the trials of a sweep in the browser; STORAGE=postgresql://... for a shared study
+	@test -x $(BIN)/optuna-dashboard || { \
+	  echo "make: optuna-dashboard is not installed: $(BIN)/python -m pip install 'optuna-dashboard<1'" >&2; exit 2; }
+	@case "$(STORAGE)" in sqlite:///*) test -f "$(patsubst sqlite:///%,%,$(STORAGE))" || { \
+	  echo "make: $(patsubst sqlite:///%,%,$(STORAGE)) does not exist yet: make sweep EXP=$(EXP) makes it" >&2; exit 2; };; esac
+	@$(BIN)/optuna-dashboard "$(STORAGE)" $(ARGS)
 
 report: require-sweep $(STAMP)  ## write the table and report.html of a sweep again from its results
 	@$(BIN)/simba-lab report runs/sweeps/$(EXP) $(ARGS)
@@ -50,12 +58,15 @@ doctor: $(STAMP)  ## say what is installed and which backends work here
 
 test: $(STAMP)  ## lint and run the tests that need no GPU
 	@$(BIN)/ruff check .
-	@$(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -m "not gpu and not soak" -n $(TEST_WORKERS) $(ARGS)
 
 test-gpu: $(STAMP)  ## run the whole suite where there is a CUDA device: Triton kernels compiled, not interpreted
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 	  echo "make: torch sees no CUDA device here" >&2; exit 2; }
-	@$(BIN)/python -m pytest -n $(TEST_WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -m "not soak" -n $(TEST_WORKERS) $(ARGS)
+
+soak: $(STAMP)  ## the kill and fuzz tests at full size, with their counts; takes an hour
+	@$(BIN)/python -m pytest -m soak -s -n 0 $(wildcard tests/test_kills.py tests/test_fuzz.py) $(ARGS)
 
 clean:  ## remove .venv and caches, keep runs/
 	rm -rf $(VENV) .lock-venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

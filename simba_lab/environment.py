@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,12 @@ def code_state() -> str:
 
 
 def command_line() -> str:
-    """The command as it was typed, the program by its name alone."""
+    """The command as it was typed, the program by its name alone, passwords in addresses left out."""
     import shlex
 
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return without_passwords(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+
+
+def without_passwords(text: str) -> str:
+    """``text`` with ``***`` for the password of every ``scheme://user:password@host`` in it."""
+    return re.sub(r"(://[^/@:\s]*):[^@\s]+@", r"\1:***@", text)

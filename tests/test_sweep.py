@@ -20,9 +20,9 @@ from simba_lab.evaluate import windows as window_scoring
 from simba_lab.pruning import KeepSchedule
 from simba_lab.sweep import SweepConfig, run_sweep
 from simba_lab.sweep.plan import SweepPlan, make_plan
-from simba_lab.sweep.store import only_one
 from simba_lab.sweep.study import open_study
 from simba_lab.training import read_experiment
+from simba_lab.training.folder import only_one
 
 NAMES = [
     "small", "shorter_context", "dense", "linear:global_impact",
@@ -240,7 +240,7 @@ def test_an_interrupted_sweep_continues_as_if_it_had_not_been(
 ) -> None:
     file, folder = lab.sweep(tmp_path / "tiny.yaml"), tmp_path / "tiny"
     with monkeypatch.context() as patch:
-        interrupt(patch, "run", 3)
+        interrupt(patch, "measure", 3)
         assert tiny.simba_lab("sweep", "--config", file) == 130
     done = written_at(folder)
     assert len(done) == 2 and not (folder / "results.json").exists()
@@ -336,7 +336,7 @@ def test_counts_that_change_after_the_plan_are_refused(
         return window_scoring.score_windows(*args)
 
     monkeypatch.setattr(Fickle, "share", 1.0)
-    monkeypatch.setattr("simba_lab.sweep.run.score_windows", score_windows)
+    monkeypatch.setattr("simba_lab.sweep.measure.score_windows", score_windows)
     assert tiny.simba_lab("sweep", "--config", file) == 3
     error = capsys.readouterr().err
     assert "1 of 2 arms did not keep to the budget" in error and "fickle: ran" in error and "were planned" in error

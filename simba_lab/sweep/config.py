@@ -157,6 +157,11 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     values = read_yaml(Path(path), "sweep")
     for override in overrides:
         _overrule(values, override)
+    return parse_sweep(values, str(path))
+
+
+def parse_sweep(values: dict[str, Any], called: str) -> SweepConfig:
+    """The sweep that plain data describes. Raises InputError naming ``called`` and the key that is wrong."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     strict = ConfigDict(extra="forbid")
@@ -165,7 +170,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     try:
         config = TypeAdapter(SweepConfig).validate_python(values)
     except ValidationError as error:
-        raise InputError(f"{path}: {_first_mistake(error.errors())}") from None
+        raise InputError(f"{called}: {_first_mistake(error.errors())}") from None
     config.check()
     return config
 

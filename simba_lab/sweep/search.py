@@ -22,6 +22,7 @@ from simba_lab.sweep.study import open_study, search_curves, trial_rows
 from simba_lab.training import Experiment
 
 if TYPE_CHECKING:
+    from optuna import Study
     from optuna.trial import Trial
 
 ARM_NAME = "searched"
@@ -40,39 +41,72 @@ def _arm_at(drops: Sequence[float], config: SweepConfig, base: Experiment, budge
     return solve(PrunedArm(ARM_NAME, base.model.config, config.n_context, config.n_suffix, pruning), budget).arm
 
 
-def search_best_curve(
-    folder: Path, config: SweepConfig, plan: SweepPlan, base: Experiment, weights: LanguageModel,
-    windows: EvalWindows, say: Callable[[str], None],
-) -> tuple[dict[str, Any], PlannedArm]:  # fmt: skip
-    """Best ``knots`` curve at the plan's budget on ``windows``: a record for results.json, and the arm."""
-    settings = config.search
-    names = [f"drop_{i}" for i in range(settings.n_values)]
+class CurveSearch:
+    """What one trial of the search measures, and what is made of all of them."""
 
-    def arm_at(point: dict[str, float]) -> PrunedArm:
-        return _arm_at([point[name] for name in names], config, base, plan.budget)
+    def __init__(self, config: SweepConfig, plan: SweepPlan, base: Experiment) -> None:
+        self.config, self.plan, self.base, self.settings = config, plan, base, config.search
+        self.names = [f"drop_{i}" for i in range(self.settings.n_values)]
+
+    @property
+    def anchors(self) -> list[dict[str, float]]:
+        """Points tried first."""
+        drops = anchor_drops(self.settings.n_values, self.settings.lowest)
+        return [dict(zip(self.names, ratios, strict=True)) for ratios in drops]
+
+    def planned(self, point: dict[str, float]) -> PlannedArm:
+        """The arm at ``point``, bent to cost the budget."""
+        arm = _arm_at([point[name] for name in self.names], self.config, self.base, self.plan.budget)
+        return PlannedArm(ARM_NAME, "pruned", arm, self.base)
+
+    def measure(
+        self, point: dict[str, float], weights: LanguageModel, windows: EvalWindows,
+        progress: Callable[[int], None] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The objective as ``value``, both faces, seconds, and as ``noted`` what the trial remembers."""
+        arm = self.planned(point).arm
+        scores = score_windows(weights.with_pruning(arm.plan), windows, self.config.batch_size, progress=progress)
+        quality, far = plain_face(scores.nll).mean, far_face(scores.nll, windows, self.plan.reach).mean
+        noted = {"knots": list(arm.plan.schedule.values), "keep_counts": arm.keep_counts, "flops": scores.flops}
+        value = quality if self.settings.objective == "quality" else far
+        return {"value": value, "quality": quality, "far": far, "seconds": scores.seconds, "noted": noted}
+
+    def note(self, trial: Trial, measured: dict[str, Any]) -> float:
+        """Writes what was measured into the trial; returns its value."""
+        for key, value in measured["noted"].items():
+            trial.set_user_attr(key, value)
+        budget = self.plan.budget
+        trial.set_constraint("flops", abs(budget.distance(measured["noted"]["flops"])) - budget.tolerance)
+        return measured["value"]
+
+    def study_name(self, windows: EvalWindows) -> str:
+        return f"search-{_study_key(self.config, self.plan, self.base, windows)[:12]}"
+
+    def record(self, study: Study, windows: EvalWindows) -> tuple[dict[str, Any], PlannedArm]:
+        """What results.json says of the search, and its best arm."""
+        best, split = study.best_trial, self.settings.split
+        record = {"trials": trial_rows(study), "best": best.number, "split": split, "windows": len(windows)}
+        return record, self.planned(best.params)
+
+
+def search_best_curve(
+    folder: Path, search: CurveSearch, weights: LanguageModel, windows: EvalWindows, say: Callable[[str], None]
+) -> tuple[dict[str, Any], PlannedArm]:
+    """Best ``knots`` curve at the plan's budget on ``windows``: a record for results.json, and the arm."""
+    settings = search.settings
 
     def measure(point: dict[str, float], trial: Trial) -> float:
-        arm = arm_at(point)
-        progress.start(f"trial {trial.number}")
-        scores = score_windows(
-            weights.with_pruning(arm.plan), windows, config.batch_size, progress=progress.windows_done
-        )
-        quality, far = plain_face(scores.nll).mean, far_face(scores.nll, windows, plan.reach).mean
-        progress.finish(f"trial {trial.number}", quality, far, scores.seconds)
-        trial.set_user_attr("knots", list(arm.plan.schedule.values))
-        trial.set_user_attr("keep_counts", arm.keep_counts)
-        trial.set_user_attr("flops", scores.flops)
-        trial.set_constraint("flops", abs(plan.budget.distance(scores.flops)) - plan.budget.tolerance)
-        return quality if settings.objective == "quality" else far
+        name = f"trial {trial.number}"
+        progress.start(name)
+        measured = search.measure(point, weights, windows, progress.windows_done)
+        progress.finish(name, measured["quality"], measured["far"], measured["seconds"])
+        return search.note(trial, measured)
 
-    key = _study_key(config, plan, base, windows)
-    study = open_study(folder, f"search-{key[:12]}")
+    study = open_study(folder, search.study_name(windows))
     with SweepProgress(settings.trials * len(windows), say) as progress:
         progress.skip("earlier trials", len(windows) * sum(row["value"] is not None for row in trial_rows(study)))
-        anchors = [dict(zip(names, drops, strict=True)) for drops in anchor_drops(settings.n_values, settings.lowest)]
-        best = search_curves(study, anchors, names, settings.lowest, settings.trials, settings.seed, measure)
-    record = {"trials": trial_rows(study), "best": best.number, "split": settings.split, "windows": len(windows)}
-    return record, PlannedArm(ARM_NAME, "pruned", arm_at(best.params), base)
+        search_curves(study, search.anchors, search.names, settings.lowest, settings.trials, settings.seed, measure)
+    return search.record(study, windows)
 
 
 def _study_key(config: SweepConfig, plan: SweepPlan, base: Experiment, windows: EvalWindows) -> str:

@@ -3,12 +3,9 @@ fingerprint, the weights, windows and settings that decide its numbers, stays th
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from numpy.typing import NDArray
 
 from simba_lab.errors import InputError
 from simba_lab.evaluate.windows import WindowScores
-from simba_lab.files import write_json, writing
+from simba_lab.files import clear_partial, write_json, writing
 
 ARM_FILE, NLL_FILE = "arm.json", "nll.npy"
 
@@ -74,7 +71,9 @@ class ArmStore:
         return StoredArm(nll, record)
 
     def save(self, name: str, fingerprint: str, scores: WindowScores, details: dict[str, Any]) -> StoredArm:
+        """Writes the arm; what a killed process left half-written in its folder is removed."""
         folder = self.path(name)
+        clear_partial(folder)
         with writing(folder / NLL_FILE) as partial, open(partial, "wb") as handle:
             np.save(handle, scores.nll)
         record = {
@@ -86,15 +85,3 @@ class ArmStore:
         }
         write_json(folder / ARM_FILE, record)
         return StoredArm(scores.nll, record)
-
-
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process. Raises InputError if another sweep is at work in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"folder: another sweep is running in {folder}") from None
-        yield

@@ -10,6 +10,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,13 +19,17 @@ import yaml
 from jsonargparse.typing import register_type
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from simba_lab.errors import InputError
+from simba_lab.files import clear_partial
 from simba_lab.model import LanguageModel
+from simba_lab.training.folder import disk_errors, only_one
 from simba_lab.training.mistakes import check_checkpoint, check_config_files, shortened
 from simba_lab.training.module import LanguageModeling, PartSpec
 from simba_lab.training.progress import Throughput, progress_callback
 from simba_lab.training.record import MetricsFile, RunCheckpoint, RunRecord
+from simba_lab.training.stopping import Stopping, WholeCheckpoints
 
 CONFIG_FILE = "config.yaml"
 
@@ -60,7 +65,15 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class Cli(LightningCLI):
-    """LightningCLI with the run folder's parts built in."""
+    """LightningCLI with the run folder's parts built in.
+
+    Args:
+        held: what a fit holds while it runs, the run folder; whoever made it lets go.
+    """
+
+    def __init__(self, *args: Any, held: ExitStack, **kwargs: Any) -> None:
+        self.held = held
+        super().__init__(*args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         register_type(PartSpec, lambda part: part.spec, PartSpec, fail_already_registered=False)
@@ -84,12 +97,26 @@ class Cli(LightningCLI):
         kwargs = {**kwargs, "default_root_dir": str(folder)}
         if config.trainer.logger is None:
             kwargs["logger"] = MetricsFile(folder)
+        if config.trainer.plugins is None:
+            kwargs["plugins"] = [WholeCheckpoints()]
         return super().instantiate_trainer(**kwargs)
 
+    def before_fit(self) -> None:
+        """Takes the run folder, in which a killed fit may have left half a file."""
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir)
+            self.held.enter_context(only_one(folder, "trainer.default_root_dir", "fit"))
+            for place in (folder, folder / "checkpoints"):
+                clear_partial(place)
+
     def after_fit(self) -> None:
-        """Held-out quality in bits per byte beside a compressor's on the same text."""
-        if not self.trainer.interrupted:
-            print_held_out(self.trainer, self.model, self.datamodule)
+        """Completes the record; held-out quality in bits per byte beside a compressor's on the same text."""
+        if self.trainer.interrupted:
+            return
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, RunRecord):
+                callback.complete(self.trainer, self.model)
+        print_held_out(self.trainer, self.model, self.datamodule)
 
 
 def _run_folder(config: Any) -> Path:
@@ -111,35 +138,51 @@ def print_held_out(trainer: Trainer, model: LanguageModeling, data: LightningDat
 
 
 def run_cli(arguments: Sequence[str], run: bool = True) -> Cli:
-    """Parse, build and, with ``run``, carry out a Lightning subcommand. Raises InputError for a wrong key or value."""
+    """Parse, build and, with ``run``, carry out a Lightning subcommand.
+
+    SIGTERM ends it with exit code 0, a fit after it has saved. Raises InputError for a wrong key or value, for a run
+    folder that another fit is writing to, and for a disk that takes no more.
+    """
     _quiet()
     check_config_files(arguments)
+    stopping = Stopping()
     try:
-        return Cli(
-            LanguageModeling,
-            LightningDataModule,
-            subclass_mode_data=True,
-            run=run,
-            args=list(arguments),
-            save_config_callback=_SaveConfig,
-            save_config_kwargs={"config_filename": CONFIG_FILE, "overwrite": True},
-            trainer_defaults={
-                "enable_model_summary": False,
-                "log_every_n_steps": 10,
-                "callbacks": [Throughput(), RunRecord(), progress_callback()],
-            },
-            parser_kwargs={"prog": "simba-lab"},
-        )
+        with ExitStack() as held, disk_errors():
+            if run:
+                held.enter_context(stopping.watching())
+            return _built(arguments, run, stopping, held)
     except ValueError as error:
         mistake = _input_error(error)
         if mistake is None:
             raise
         raise mistake from None
+    except SIGTERMException:
+        print("stopped by SIGTERM; the same command with --ckpt_path last continues", flush=True)
+        raise
     except SystemExit as stop:
         # Lightning shuts down after Ctrl-C and then exits with 1, as after an error.
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
+
+
+def _built(arguments: Sequence[str], run: bool, stopping: Stopping, held: ExitStack) -> Cli:
+    return Cli(
+        LanguageModeling,
+        LightningDataModule,
+        subclass_mode_data=True,
+        run=run,
+        args=list(arguments),
+        save_config_callback=_SaveConfig,
+        save_config_kwargs={"config_filename": CONFIG_FILE, "overwrite": True},
+        trainer_defaults={
+            "enable_model_summary": False,
+            "log_every_n_steps": 10,
+            "callbacks": [stopping, Throughput(), RunRecord(), progress_callback()],
+        },
+        parser_kwargs={"prog": "simba-lab"},
+        held=held,
+    )
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from simba_lab.checkpoint import TOKENIZER_FILE, save_model
 from simba_lab.environment import command_line, describe
 from simba_lab.files import write_json, writing
 from simba_lab.kernels.cost import CONVENTION
+from simba_lab.training.stopping import asked_to_stop
 
 METRICS_FILE, RUN_FILE = "metrics.jsonl", "run.json"
 
@@ -78,12 +80,19 @@ class RunCheckpoint(ModelCheckpoint):
     def __init__(self, every_n_steps: int = 200) -> None:
         super().__init__(
             filename="step-{step:06d}", auto_insert_metric_name=False, save_last=True, save_top_k=1,
-            every_n_train_steps=every_n_steps, save_on_train_epoch_end=False,
+            every_n_train_steps=every_n_steps, save_on_train_epoch_end=False, enable_version_counter=False,
         )  # fmt: skip
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Saves when it is time, and when a scheduler has asked the fit to end, which then ends here."""
+        super().on_train_batch_end(trainer, pl_module, *args)
+        if trainer.global_step != trainer.max_steps and asked_to_stop(trainer):
+            trainer.save_checkpoint(str(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}.ckpt"))
+            raise SIGTERMException
 
 
 class RunRecord(Callback):
@@ -92,6 +101,7 @@ class RunRecord(Callback):
     def __init__(self) -> None:
         self._started = 0.0
         self._seconds_before = 0.0
+        self._complete = False
 
     def state_dict(self) -> dict[str, float]:
         return {"seconds": self._seconds()}
@@ -104,9 +114,7 @@ class RunRecord(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.monotonic()
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsFile):
-                logger.rewind(trainer.global_step)
+        _rewind(trainer)
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             self._write(trainer, pl_module, "running")
@@ -116,7 +124,18 @@ class RunRecord(Callback):
                     tokenizer.save(partial)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.interrupted:
+        if not trainer.interrupted:
+            self._finish(trainer, pl_module)
+
+    def complete(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """For a fit that resumed behind its last step and so did not train: the end that a killed one did not reach."""
+        if not self._complete:
+            _rewind(trainer)
+            self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._complete = True
+        if trainer.is_global_zero:
             save_model(Path(trainer.default_root_dir), pl_module.lm)
             self._write(trainer, pl_module, "done")
 
@@ -142,3 +161,9 @@ class RunRecord(Callback):
             "environment": describe(),
         }
         write_json(Path(trainer.default_root_dir) / RUN_FILE, record)
+
+
+def _rewind(trainer: Trainer) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsFile):
+            logger.rewind(trainer.global_step)

@@ -1,0 +1,57 @@
+"""The measurement of one arm: the same whether the sweep's own process does it or one of its workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from simba_lab.checkpoint import SPEC_FILE, WEIGHTS_FILE, load
+from simba_lab.data import EvalWindows
+from simba_lab.evaluate.windows import far_face, plain_face, score_windows
+from simba_lab.model import LanguageModel
+from simba_lab.sweep.config import SweepConfig
+from simba_lab.sweep.plan import PlannedArm, SweepPlan, model_of
+from simba_lab.sweep.progress import SweepProgress
+from simba_lab.sweep.store import ArmStore, StoredArm, digest
+from simba_lab.training import Experiment
+
+
+class Measurement:
+    """Weights, windows and the store of finished arms.
+
+    Windows are cut at once: a file that asks for windows the data does not have is refused before training.
+    """
+
+    def __init__(self, config: SweepConfig, plan: SweepPlan, folder: Path, base: Experiment) -> None:
+        self.config, self.plan, self.base = config, plan, base
+        self.store = ArmStore(folder / "arms")
+        self.windows = self._windows(config.split, config.windows)
+        self.search_windows = self._windows(config.search.split, config.search.windows) if config.search else None
+        self._weights: dict[Path, LanguageModel] = {}
+
+    def _windows(self, split: str, count: int) -> EvalWindows:
+        return self.base.data.eval_windows(split, self.config.n_context, self.config.n_suffix, count)
+
+    def weights(self, experiment: Experiment) -> LanguageModel:
+        if experiment.folder not in self._weights:
+            self._weights[experiment.folder] = load(experiment.folder)
+        return self._weights[experiment.folder]
+
+    def fingerprint(self, arm: PlannedArm) -> str:
+        """Changes with whatever decides the arm's numbers."""
+        folder = arm.experiment.folder
+        return digest(arm.spec(), folder / SPEC_FILE, folder / WEIGHTS_FILE, self.windows.tokens.numpy())
+
+    def stored(self, arm: PlannedArm) -> StoredArm | None:
+        return self.store.load(arm.name, self.fingerprint(arm))
+
+    def measure(self, arm: PlannedArm, fingerprint: str, progress: SweepProgress | None = None) -> StoredArm:
+        """Scores the windows and stores the arm."""
+        model = model_of(arm, self.weights(arm.experiment))
+        told = progress.windows_done if progress else None
+        scores = score_windows(model, self.windows, self.config.batch_size, arm.arm.n_context, told)
+        details = arm.spec() | {"weights": str(arm.experiment.folder), "backend": model.backend.name}
+        return self.store.save(arm.name, fingerprint, scores, details)
+
+    def faces(self, kept: StoredArm) -> tuple[float, float | None]:
+        """Quality on all suffix tokens and on the far ones, nats per token."""
+        return plain_face(kept.nll).mean, far_face(kept.nll, self.windows, self.plan.reach).mean
