@@ -1,0 +1,73 @@
+"""Layer sensitivities: every number of the table, and the schedule that is made of it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from test_evaluate import dense as dense  # fixtures
+from test_evaluate import windows as windows
+
+from simba_lab.data import EvalWindows
+from simba_lab.errors import InputError
+from simba_lab.evaluate.sensitivity import layer_sensitivity
+from simba_lab.evaluate.windows import far_face, plain_face, score_windows
+from simba_lab.model import LanguageModel, ModelConfig
+
+RATES = (0.4, 0.1)
+
+
+@pytest.mark.parametrize("reach", [None, 4])
+def test_the_table_is_the_loss_of_each_cut_above_dense(
+    dense: LanguageModel, windows: EvalWindows, reach: int | None
+) -> None:
+    told: list[tuple[int, int]] = []
+    found = layer_sensitivity(
+        dense, windows, RATES, "norm", 0.2, batch_size=3, reach=reach, progress=lambda *done: told.append(done)
+    )
+    assert told == [(done, 5) for done in range(1, 6)]
+
+    def loss(model: LanguageModel) -> float:
+        nll = score_windows(model, windows, 3).nll
+        return (plain_face(nll) if reach is None else far_face(nll, windows, reach)).mean
+
+    assert found.dense == loss(dense)
+    assert found.rise.shape == found.low.shape == found.high.shape == (2, 2)
+    for layer in (1, 2):
+        for place, rate in enumerate(RATES):
+            cut = dense.sparsified("norm", "highway_top", protect_recent=0.2, from_layer=layer, keep=rate)
+            assert found.rise[layer - 1, place] == pytest.approx(loss(cut) - found.dense, abs=1e-9)
+    assert (found.low <= found.rise).all() and (found.rise <= found.high).all() and (found.low < found.high).all()
+    assert np.abs(found.rise).min() > 1e-6
+
+
+def test_it_is_plain_data_and_a_schedule(dense: LanguageModel, windows: EvalWindows) -> None:
+    found = layer_sensitivity(dense, windows, RATES)
+    plain = json.loads(json.dumps(found.to_dict()))
+    assert plain["criterion"]["class_path"] == "global_impact" and plain["windows"] == len(windows)
+    assert plain["rise"] == found.rise.tolist() and np.shape(plain["interval"]) == (2, 2, 2)
+    assert (plain["n_context"], plain["n_suffix"]) == (windows.n_context, windows.n_suffix)
+    sparse = dense.sparsified("global_impact", plain["schedule"], mean_keep=0.6)
+    counts = sparse.keep_counts(100)
+    assert sum(counts) == pytest.approx(180, abs=2) and counts[-1] >= 10
+
+
+@pytest.mark.parametrize(
+    ("rates", "reach", "says"),
+    [
+        ((0.1, 0.4), None, "rates must fall"),
+        ((), None, "rates must hold"),
+        ((0.5,), 10_000, "reach: no suffix token was last seen more than 10000 tokens"),
+    ],
+)
+def test_a_mistake_is_named(
+    dense: LanguageModel, windows: EvalWindows, rates: tuple[float, ...], reach: int | None, says: str
+) -> None:
+    with pytest.raises(InputError, match=says):
+        layer_sensitivity(dense, windows, rates, reach=reach)
+
+
+def test_a_model_of_one_layer_has_none(windows: EvalWindows) -> None:
+    with pytest.raises(InputError, match="one layer"):
+        layer_sensitivity(LanguageModel(ModelConfig(d_model=8, n_layer=1, vocab_size=16)), windows)
