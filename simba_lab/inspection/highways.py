@@ -92,9 +92,7 @@ def _flow_of(arm: LanguageModel, context: Tensor) -> dict[str, list[Any]]:
 
 
 @torch.no_grad()
-def loss_rise(
-    dense: LanguageModel, criterion: Criterion, passage: Passage, keep: float, say: Say
-) -> dict[str, Any]:
+def loss_rise(dense: LanguageModel, criterion: Criterion, passage: Passage, keep: float, say: Say) -> dict[str, Any]:
     """What the suffix loses when one layer alone sees a share ``keep`` of the context, by layer, nats per token.
 
     The tokens that layer l sees are those that ``criterion`` chooses after layer l - 1 of the dense model; the others

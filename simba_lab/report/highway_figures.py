@@ -129,8 +129,9 @@ def flow_figure(highways: Highways) -> Figure:
         down, across = -(-len(arms) // PANELS), min(PANELS, len(arms))
         figure = canvas(WIDTH, down * (1.4 + min(layers, 2 * MOST_LABELLED) * 0.26))
         panels = figure.subplots(down, across, squeeze=False).flat
+        most = max(share for arm in arms for row in arm["share"] for share in row)
         for panel, arm in zip(panels, arms, strict=False):
-            _heat(panel, arm, names)
+            _heat(panel, arm, names, most)
         for panel in list(panels)[len(arms) :]:
             panel.set_axis_off()
         return figure, {}
@@ -138,21 +139,21 @@ def flow_figure(highways: Highways) -> Figure:
     caption = (
         "Share (%; each row sums to 100) of what the tokens of a layer add through its recurrence to the boundary's "
         "output, by their distance from the boundary in tokens of the original text: token t adds dy(t), one number "
-        "per channel, and its part is the sum over channels of |dy(t)|, before gate and skip connection. "
-        + _over(highways)
+        "per channel, and its part is the sum over channels of |dy(t)|, before gate and skip connection. The highest "
+        "share has the full colour, the same in all panels. " + _over(highways)
     )
     rows = [[arm["name"], layer, *row] for arm in arms for layer, row in enumerate(arm["share"])]
     table = as_csv(["arm", "layer", *(f"distance_{name}" for name in names)], rows)
     return Figure(key, title, caption, draw(key, title, build), table)
 
 
-def _heat(axes: Axes, arm: Mapping[str, Any], names: Sequence[str]) -> None:
-    """One arm: layers upwards, distances to the right, the same colour thinner for less."""
+def _heat(axes: Axes, arm: Mapping[str, Any], names: Sequence[str], most: float) -> None:
+    """One arm: layers upwards, distances to the right, the same colour thinner for less, full at ``most``."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
     colour = to_rgb(COLOURS[0])
     shades = LinearSegmentedColormap.from_list("share", [(*colour, 0.0), (*colour, 0.75)])
-    axes.pcolormesh(arm["share"], cmap=shades, vmin=0, vmax=1, edgecolors="none")
+    axes.pcolormesh(arm["share"], cmap=shades, vmin=0, vmax=most or 1, edgecolors="none")
     axes.grid(False)
     if len(arm["share"]) <= MOST_LABELLED:
         for layer, row in enumerate(arm["share"]):
@@ -222,7 +223,8 @@ def _path_bars(figure: Canvas, arms: Sequence[Mapping[str, Any]]) -> None:
     axes.barh(rows, last, color=COLOURS[0], height=0.6, label="in the last layer")
     axes.barh(rows, below, left=last, color=COLOURS[4], height=0.6, label="in the layers below")
     for row, (steps, more) in enumerate(zip(last, below, strict=True)):
-        axes.text(steps + more, row, f" {steps + more:,.0f}", va="center")
+        beside = {"xytext": (5, 0), "textcoords": "offset points"}
+        axes.annotate(f"{steps + more:,.0f}", (steps + more, row), va="center", **beside)
     axes.set_yticks(rows, [shortened(arm["name"]) for arm in arms])
     axes.invert_yaxis()
     axes.margins(x=0.08)

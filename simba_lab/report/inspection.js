@@ -20,6 +20,13 @@ function inert(text) {
   });
 }
 
+// A name that a narrow column may break after its marks.
+function breakable(name) {
+  const made = element("bdi");
+  for (const part of inert(name).split(/(?<=[:_@\/])/)) made.append(part, document.createElement("wbr"));
+  return made;
+}
+
 function mean(values) {
   return values.reduce(function (sum, value) { return sum + value; }, 0) / values.length;
 }
@@ -83,7 +90,7 @@ function drawArm(arm, number) {
   const card = element("article", "arm");
   const title = element("h3");
   title.id = "arm-" + number;
-  title.append(element("bdi", "", inert(arm.name)));
+  title.append(breakable(arm.name));
   const kept = arm.keep_counts.reduce(function (sum, count) { return sum + count; }, 0);
   const share = (100 * kept / (data.n_context * data.n_layer)).toFixed(1);
   const loss = mean(arm.suffix_nll) - mean(data.dense_suffix_nll);
@@ -198,17 +205,20 @@ function placeTip(span) {
 }
 
 let current = null;
+let pointed = null;
 
 function point(arm, index) {
   leave();
   current = index;
+  pointed = arm.spans[index];
   for (const other of data.arms) other.spans[index].classList.add(other === arm ? "here" : "same");
   describe(arm, runs[index]);
-  placeTip(arm.spans[index]);
+  placeTip(pointed);
 }
 
 function leave() {
   tip.hidden = true;
+  pointed = null;
   if (current !== null) for (const arm of data.arms) arm.spans[current].classList.remove("here", "same");
 }
 
@@ -219,7 +229,7 @@ function move(arm, event) {
   if (!(event.key in targets)) return;
   event.preventDefault();
   const index = current === null ? 0 : Math.max(0, Math.min(runs.length - 1, targets[event.key]));
-  arm.spans[index].scrollIntoView({ block: "nearest" });
+  arm.spans[index].scrollIntoView({ block: "nearest", behavior: "instant" });
   point(arm, index);
 }
 
@@ -250,8 +260,9 @@ function drawGroups(layer) {
     const card = element("article", "group");
     const table = element("table");
     const head = table.createTHead().insertRow();
-    for (const name of ["", "tokens"].concat(data.arms.map(function (arm) { return inert(arm.name); }))) {
-      const cell = element("th", "", name);
+    for (const name of ["group", "tokens"].concat(data.arms.map(function (arm) { return breakable(arm.name); }))) {
+      const cell = element("th");
+      cell.append(name);
       cell.scope = "col";
       head.append(cell);
     }
@@ -292,6 +303,7 @@ function drawAll() {
   drawLegend();
   setLayer(0);
   drawGroups(data.n_layer - 1);
+  window.addEventListener("scroll", function () { if (pointed) placeTip(pointed); }, { passive: true });
   document.getElementById("layer").addEventListener("input", function (event) { setLayer(Number(event.target.value)); });
   document.getElementById("depth").addEventListener("input", function (event) { drawGroups(Number(event.target.value)); });
 }
