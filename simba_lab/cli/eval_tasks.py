@@ -24,7 +24,7 @@ def run_tasks(args: argparse.Namespace) -> dict[str, Any]:
 
     limit = read_limit(args.limit)
     folder = args.out or HOME / checkpoint_name(args.checkpoint)
-    arms = _arms(args)
+    arms = _arms(args, folder)
     tasks = load_tasks([name for name in args.tasks.split(",") if name])
     from simba_lab.evaluate.benchmarks_arms import evaluate_tasks
 
@@ -38,7 +38,7 @@ def run_tasks(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def _arms(args: argparse.Namespace) -> Sequence[Any]:
+def _arms(args: argparse.Namespace, folder: Path) -> Sequence[Any]:
     """Bad arms are refused before tasks are built, which takes longer."""
     from simba_lab.checkpoint import load, tokenizer_path
     from simba_lab.data import Tokenizer
@@ -47,7 +47,8 @@ def _arms(args: argparse.Namespace) -> Sequence[Any]:
 
     device = read_device(args.device)
     model = load(args.checkpoint, dtype=args.dtype).to(device)
-    return read_arms(args.arms, model, Tokenizer.load(tokenizer_path(args.checkpoint)), args.batch_size)
+    tokenizer = Tokenizer.load(tokenizer_path(args.checkpoint))
+    return read_arms(args.arms, model, tokenizer, args.batch_size, str(folder / "answers"))
 
 
 def _about(args: argparse.Namespace, config: Any, device: str) -> dict[str, Any]:

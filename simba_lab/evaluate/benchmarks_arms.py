@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def read_arms(names: Sequence[str], model: LanguageModel, tokenizer: Tokenizer, batch_size: int) -> list[BenchmarkArm]:
+def read_arms(
+    names: Sequence[str], model: LanguageModel, tokenizer: Tokenizer, batch_size: int, answers: str | None = None
+) -> list[BenchmarkArm]:
     """The arms of ``dense`` and ``schedule:criterion@mean_keep``, over the same weights in memory.
 
+    ``answers`` is a folder in which the answers of a task that is not finished are kept.
     Raises InputError for a name that is unknown or given twice.
     """
     from simba_lab.evaluate.harness import SimbaLabLM
@@ -33,7 +36,9 @@ def read_arms(names: Sequence[str], model: LanguageModel, tokenizer: Tokenizer, 
         if name in [arm.name for arm in arms]:
             raise InputError(f"--arms: {name} is given twice")
         weights = arms[0].lm.weights_hash if arms else None
-        lm = SimbaLabLM.from_model(parse_arm(name, model), tokenizer, batch_size=batch_size, weights=weights)
+        lm = SimbaLabLM.from_model(
+            parse_arm(name, model), tokenizer, batch_size=batch_size, answers=answers, weights=weights
+        )
         arms.append(BenchmarkArm(name, lm, tokenizer))
     return arms
 

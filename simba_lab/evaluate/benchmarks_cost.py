@@ -20,8 +20,13 @@ def cost_of_pairs(model: LanguageModel, pairs: Sequence[Pair], requests: int) ->
     contexts = {pair.context.tobytes(): len(pair.context) for pair in pairs}
     fed = sum(len(pair.continuation) - 1 for pair in pairs)
     lengths = list(contexts.values())
-    flops = sum(prefill_flops(model, lengths)) + fed * _per_suffix_token(model)
+    flops = sum(prefill_flops(model, lengths)) + fed * per_suffix_token(model)
     return Cost(flops, requests, len(lengths), kept_by_layer(model, lengths))
+
+
+def cost_of_texts(model: LanguageModel, lengths: Sequence[int]) -> Cost:
+    """Prefill of every prompt of these lengths; each token written after it comes on top (:func:`per_suffix_token`)."""
+    return Cost(sum(prefill_flops(model, lengths)), len(lengths), len(lengths), kept_by_layer(model, lengths))
 
 
 def prefill_flops(model: LanguageModel, lengths: Iterable[int]) -> list[int]:
@@ -39,6 +44,6 @@ def kept_by_layer(model: LanguageModel, lengths: Sequence[int]) -> list[float]:
     return np.average(kept, axis=0, weights=counts).tolist()
 
 
-def _per_suffix_token(model: LanguageModel) -> int:
+def per_suffix_token(model: LanguageModel) -> int:
     """Suffix tokens are dense: each costs the same after any context."""
     return model.flops(1, 1).total - model.flops(1, 0).total

@@ -12,14 +12,14 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from simba_lab.data import Tokenizer
 from simba_lab.errors import InputError
 from simba_lab.evaluate.benchmarks import Cost, Metric, TaskScores, main_metric, read_metric
-from simba_lab.evaluate.benchmarks_cost import cost_of_pairs, kept_by_layer
-from simba_lab.evaluate.scoring import Pair, encode_pair, rolling_pairs
+from simba_lab.evaluate.benchmarks_cost import cost_of_pairs, cost_of_texts, per_suffix_token
+from simba_lab.evaluate.scoring import Pair, encode_pairs, rolling_pairs
 from simba_lab.tasks import even_samples
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Raise it when the same requests would be scored, counted or written down otherwise than before."""
-GENERATION = "generate_until"
+LIKELIHOOD, GENERATION = "loglikelihood", "generate_until"
 
 
 class PreparedTask:
@@ -83,20 +83,29 @@ class BenchmarkArm:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  # arms live as long as the command
     def cost(self, prepared: PreparedTask) -> Cost:
-        """By the closed form; of generation the FLOPs are 0 here, they depend on how long the texts get."""
+        """By the closed form; of generation the prompts alone, for how long the texts get is not known yet."""
+        texts = [args[0] for _, args in prepared.requests]
         if prepared.generates():
-            lengths = [len(self.tokenizer.encode(args[0])) or 1 for _, args in prepared.requests]
-            lengths = [min(length, self.lm.max_length) for length in lengths]
-            return Cost(0, len(lengths), len(lengths), kept_by_layer(self.lm.model, lengths))
-        pairs = [pair for kind, args in prepared.requests for pair in self._pairs(kind, args)]
-        return cost_of_pairs(self.lm.model, pairs, len(prepared.requests))
+            lengths = [min(len(ids) or 1, self.lm.max_length) for ids in self.tokenizer.encode_batch(texts)]
+            return cost_of_texts(self.lm.model, lengths)
+        if prepared.requests[0][0] == LIKELIHOOD:
+            pairs = encode_pairs(self.tokenizer, [args for _, args in prepared.requests])
+            return cost_of_pairs(self.lm.model, [pair.shortened(self.lm.max_length) for pair in pairs], len(pairs))
+        pairs = [pair for ids in self.tokenizer.encode_batch(texts) for pair in self._blocks(ids)]
+        return cost_of_pairs(self.lm.model, pairs, len(texts))
 
-    def _pairs(self, kind: str, args: tuple[Any, ...]) -> list[Pair]:
-        if kind == "loglikelihood":
-            return [encode_pair(self.tokenizer, *args).shortened(self.lm.max_length)]
+    def _blocks(self, tokens: list[int]) -> list[Pair]:
         dense = self.lm.model.pruning is None
-        tokens = self.tokenizer.encode(args[0])
         return rolling_pairs(tokens, self.tokenizer.eot_id, self.lm.max_length, self.lm.n_suffix, dense)
+
+    def _cost_of_outcome(self, prepared: PreparedTask, rows: list[dict[str, Any]]) -> Cost:
+        """With the texts written, by the tokens that they encode to."""
+        cost = self.cost(prepared)
+        if not prepared.generates():
+            return cost
+        written = self.tokenizer.encode_batch([text for row in rows for texts in row["resps"] for text in texts])
+        fed = sum(len(ids) for ids in written) * per_suffix_token(self.lm.model)
+        return replace(cost, flops=cost.flops + fed)
 
     def run(self, prepared: PreparedTask) -> TaskScores:
         """Score the documents as the harness does.
@@ -108,7 +117,7 @@ class BenchmarkArm:
         """
         from lm_eval.evaluator import evaluate
 
-        name, started, before = prepared.name, time.perf_counter(), self.lm.flops
+        name, started = prepared.name, time.perf_counter()
         tasks = {"tasks": {name: prepared.task}, "groups": {}}
         with without_bars(unless=sys.stderr.isatty()):
             found = evaluate(self.lm, tasks, samples={name: prepared.chosen}, bootstrap_iters=0)
@@ -118,12 +127,10 @@ class BenchmarkArm:
         metrics = _metrics(prepared.task, found["results"][name], rows)
         if not metrics:
             raise InputError(f"--tasks: no metric of {name} is a mean over documents, so arms cannot be compared on it")
-        cost = self.cost(prepared)
-        if prepared.generates():
-            cost = Cost(self.lm.flops - before, cost.requests, cost.contexts, cost.kept)
         return TaskScores(
             name, prepared.version, prepared.available, [row["doc_id"] for row in rows],
-            [row["doc_hash"] for row in rows], main_metric(name, list(metrics)), metrics, cost, seconds,
+            [row["doc_hash"] for row in rows], main_metric(name, list(metrics)), metrics,
+            self._cost_of_outcome(prepared, rows), seconds,
         )  # fmt: skip
 
 
