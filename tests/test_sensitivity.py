@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from test_evaluate import dense as dense  # fixtures
 from test_evaluate import windows as windows
 
@@ -51,6 +53,22 @@ def test_it_is_plain_data_and_a_schedule(dense: LanguageModel, windows: EvalWind
     sparse = dense.sparsified("global_impact", plain["schedule"], mean_keep=0.6)
     counts = sparse.keep_counts(100)
     assert sum(counts) == pytest.approx(180, abs=2) and counts[-1] >= 10
+
+
+def test_the_command_measures_a_run_and_its_schedule_prunes(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab, result = tiny.lab(tmp_path_factory.getbasetemp()), tmp_path / "sensitivity.json"
+    window = ("--checkpoint", lab.run, "--n-context", 96, "--n-suffix", 16, "--windows", 6)
+    given = map(str, (*window, "--rates", 0.5, 0.1, "--criterion", "recency", "--json", result))
+    assert tiny.simba_lab("sensitivity", *given) == 0
+    printed, found = capsys.readouterr().out, json.loads(result.read_text(encoding="utf-8"))
+    assert np.shape(found["rise"]) == (3, 2) and found["split"] == "validation" and found["windows"] == 6
+    assert f"{1000 * found['rise'][2][1]:+.1f}" in printed and f"{found['dense']:.4f}" in printed
+    schedule = json.dumps(found["schedule"])
+    flops = ("flops", "--checkpoint", lab.run, "--schedule", schedule, "--mean-keep", "0.5", "--n-context", "96")
+    assert tiny.simba_lab(*flops, "--n-suffix", "16") == 0
+    assert "--batch-size must be" in tiny.mistake(capsys, "sensitivity", *map(str, window), "--batch-size", "0")
 
 
 @pytest.mark.parametrize(

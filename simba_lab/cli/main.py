@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "flops": ("simba_lab.cli.flops", "FLOPs by op and by layer, for inference and training"),
     "generate": ("simba_lab.cli.generate", "go on from a prompt: dense or pruned prefill, then cached decoding"),
     "inspect": ("simba_lab.cli.inspect", "what a pruned model drops from a text, and how information flows past it"),
+    "sensitivity": ("simba_lab.cli.sensitivity", "what pruning costs by the layer at which it begins"),
     "convert": ("simba_lab.cli.convert", "a model from one format into another: run, state-spaces, transformers"),
     "tasks": ("simba_lab.cli.tasks", "build evaluation-harness tasks from the held-out text of a run"),
     "report": ("simba_lab.cli.report", "table and report.html from the results of a sweep"),

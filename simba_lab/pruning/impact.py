@@ -113,11 +113,11 @@ class BandedImpact(Criterion):
     lose to any near one. Here the context is cut into bands of doubling width, the newest of ``first`` tokens, and
     tokens are ranked by impact within their band only. Band j, which began with W_j tokens, keeps the same share of
     them as any other, times ``2^(-falloff j)``, and all of them once the share reaches one: 0 keeps the same share of
-    every band, 1 the same number, and a large ``falloff`` is recency. Shares refer to the bands of the whole context,
+    every band, 1 the same number, and the more the closer to recency. Shares refer to the bands of the whole context,
     so that pruning again in the next layer tightens them and does not compound them.
     """
 
-    def __init__(self, first: int = 16, falloff: float = 0.5, reduce: str = "absmax") -> None:
+    def __init__(self, first: int = 16, falloff: float = 1.0, reduce: str = "absmax") -> None:
         self.first = _positive("banded_impact", "first", first)
         if not (isinstance(falloff, (int, float)) and 0 <= falloff <= 8):
             raise InputError(f"criterion banded_impact: falloff must lie in [0, 8], got {falloff!r}")
