@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from simba_lab.errors import InputError
 from simba_lab.files import clear_partial
 from simba_lab.model import LanguageModel
+from simba_lab.training.events import EventsLogger
 from simba_lab.training.folder import disk_errors, only_one
 from simba_lab.training.mistakes import check_checkpoint, check_config_files, shortened
 from simba_lab.training.module import LanguageModeling, PartSpec
@@ -96,7 +97,7 @@ class Cli(LightningCLI):
         folder = _run_folder(config)
         kwargs = {**kwargs, "default_root_dir": str(folder)}
         if config.trainer.logger is None:
-            kwargs["logger"] = MetricsFile(folder)
+            kwargs["logger"] = [MetricsFile(folder), EventsLogger(folder)]
         if config.trainer.plugins is None:
             kwargs["plugins"] = [WholeCheckpoints()]
         return super().instantiate_trainer(**kwargs)
