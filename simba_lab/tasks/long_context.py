@@ -116,8 +116,10 @@ def _window(
     starts = {}
     for length in lengths:
         start = next_word_start(tokens, len(tokens) - length, tokenizer)
+        if start is None:
+            return None
         text = tokenizer.decode(tokens[start:])
-        if start is None or not survives(text, tokens[start:], tokenizer):
+        if not survives(text, tokens[start:], tokenizer):
             return None
         starts[length] = len(context) + len(suffix) - len(text)
     return Window(shard.names[document], context, suffix, starts)
