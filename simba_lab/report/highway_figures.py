@@ -180,7 +180,7 @@ def reach_figure(highways: Highways) -> Figure:
             axes.plot(arm["reach"], label=shortened(arm["name"]), **curve_look(index))
         _layer_axis(axes)
         axes.set_yscale("symlog", linthresh=1)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 2 * highways["n_context"])
         axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.set_ylabel("reach (tokens)")
         figure.legend(loc="outside right upper")
@@ -188,8 +188,8 @@ def reach_figure(highways: Highways) -> Figure:
 
     caption = (
         "Distance (tokens of the original text, logarithmic above 1) at which the contribution to the boundary's "
-        "output has fallen to 1 %: the least distance such that all tokens farther away together add less than 1 % of "
-        f"the sum over tokens and channels of |dy(t)|. {_over(highways)}"
+        "output has fallen to 1\N{NO-BREAK SPACE}%: the least distance such that all tokens farther away together add "
+        "less than 1\N{NO-BREAK SPACE}% of the sum over tokens and channels of |dy(t)|. " + _over(highways)
     )
     rows = [[arm["name"], layer, value] for arm in arms for layer, value in enumerate(arm["reach"])]
     return Figure(key, title, caption, draw(key, title, build), as_csv(["arm", "layer", "reach_tokens"], rows))
