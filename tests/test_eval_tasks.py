@@ -13,6 +13,7 @@ import tiny
 import torch
 
 import simba_lab
+from simba_lab.cli import eval_views
 from simba_lab.cli.eval_tasks import checkpoint_name, read_limit
 from simba_lab.data import Tokenizer
 from simba_lab.errors import InputError
@@ -21,7 +22,7 @@ from simba_lab.evaluate.arms import parse_arm
 from simba_lab.evaluate.benchmarks import NATS, NUMBER, SHARE, Cost, Metric, TaskScores, main_metric, read_metric
 from simba_lab.evaluate.benchmarks_compare import average_cell, cell, compare
 from simba_lab.evaluate.benchmarks_run import BenchmarkArm, without_bars
-from simba_lab.evaluate.benchmarks_store import ArmScores
+from simba_lab.evaluate.benchmarks_store import ArmScores, read_results
 from simba_lab.evaluate.likelihood import score_pairs
 from simba_lab.evaluate.scoring import encode_pair
 from simba_lab.kernels.cost import Ledger, recording
@@ -326,6 +327,20 @@ def test_metrics_of_the_harness_become_sums_over_documents() -> None:
     assert [main_metric(task, names) for task in ("simba_lab_hellaswag", "hellaswag", "piqa")] == [
         "acc_norm", "acc_norm", "acc",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("width", "first_column"), [(60, "quiz acc"), (180, "dense")])
+def test_arms_become_columns_on_a_narrow_terminal(
+    result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    width: int, first_column: str,
+) -> None:  # fmt: skip
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    monkeypatch.setattr(eval_views, "WIDE", width)
+    arms = list(read_results(tmp_path / "r.json").values())
+    eval_views.print_comparison(arms, [])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"│ {first_column} ") for line in lines)
+    assert max(map(len, lines)) <= width
 
 
 def test_progress_bars_are_left_out_of_a_log_and_warnings_are_not(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ ARMS = ["dense", "linear:global_impact@0.55"]
 REQUIRED = "give --checkpoint MODEL, or --compare with two result files"
 # Options of one kind of evaluation, with their defaults: refused beside another kind, where they would do nothing.
 WINDOW_OPTIONS = {"source": None, "split": "test", "windows": 200, "n_context": 960, "n_suffix": 64, "reach": None}
-TASK_OPTIONS = {"limit": "150", "out": None}
+TASK_OPTIONS = {"limit": "300", "out": None}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", metavar="MODEL",
         help="a run folder, a .ckpt, a state-spaces or transformers folder, or a name on the hub")  # fmt: skip
     add("--arms", metavar="ARM", nargs="+", default=ARMS,
-        help="dense or schedule:criterion@mean_keep, apart by spaces or commas (default: %(default)s)")  # fmt: skip
+        help="dense or schedule:criterion@mean_keep, apart by spaces or commas "
+        f"(default: {' '.join(ARMS)})")  # fmt: skip
     add("--batch-size", type=int, default=8, metavar="N", help="windows or contexts at once (default: %(default)s)")
     add("--device", default="auto", metavar="NAME", help="of torch: cpu, cuda, cuda:1; auto (default): a GPU if any")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: what the file has)")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-WIDE = 180
+WIDE, UNBOUNDED = 180, 10_000
 EQUAL = 0.005
 """FLOPs that differ by less are called equal, as in a sweep."""
 
@@ -170,7 +170,7 @@ def _short(task: str) -> str:
 def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
     """Arms as rows; as columns where the terminal is too narrow for that."""
     console, table = _console(), _table(title, headings, rows, caption)
-    if console.measure(table).maximum > console.width:
+    if console.measure(table, options=console.options.update(width=UNBOUNDED)).maximum > console.width:
         turned = list(zip(*rows, strict=True))
         labels = [heading.replace("\n", " ") for heading in headings]
         lines = [[label, *values] for label, values in zip(labels[1:], turned[1:], strict=True)]
