@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from simba_lab.errors import InputError
 from simba_lab.model import LanguageModel
 from simba_lab.pruning import CRITERIA, SCHEDULES, PruningPlan
 from simba_lab.registry import Spec
+from simba_lab.training import CONFIG_FILE
 
 DEFAULT_BATCH = 8
 DEFAULT_LENGTH = 2048
@@ -111,3 +114,16 @@ def read_device(name: str | None, unasked: str | None = None) -> torch.device:
     if device.type == "cuda" and not usable:
         raise InputError(f"device: torch {torch.__version__} sees no CUDA device here; use cpu or auto, not {name}")
     return device
+
+
+def trained_length(checkpoint: Path) -> int | None:
+    """Tokens per training sequence, if the experiment file of the run that a checkpoint belongs to says so."""
+    for folder in (checkpoint, *checkpoint.parents[:2]):
+        if (folder / CONFIG_FILE).is_file():
+            config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            try:
+                length = config["data"]["init_args"]["length"]
+            except (KeyError, TypeError):
+                return None
+            return length if isinstance(length, int) else None
+    return None

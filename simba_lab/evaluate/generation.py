@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +88,29 @@ class Prompt:
         """Keyed by the request itself: it draws the same numbers in any batch, order or run."""
         key = json.dumps([self.context.tolist(), self.decoding.seed, self.repetition]).encode()
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
+
+
+def read_prompts(
+    tokenizer: Tokenizer, texts: Sequence[tuple[str, Mapping[str, Any]]], max_length: int
+) -> tuple[list[Prompt], int]:
+    """Prompts of (context, options), and how many lost their oldest tokens to make room within ``max_length``.
+
+    An empty context is the end-of-text token. Raises InputError for wrong options and for a text to be written that
+    leaves no room.
+    """
+    prompts, seen, cut = [], Counter(), 0
+    for context, options in texts:
+        decoding = Decoding.from_options(options)
+        room = max_length - decoding.max_tokens
+        if room < 1:
+            raise InputError(
+                f"max_gen_toks {decoding.max_tokens} leaves no context within max_length {max_length}; raise max_length"
+            )
+        ids = tokenizer.encode(context) or [tokenizer.eot_id]
+        prompts.append(Prompt(np.array(ids[-room:], dtype=np.int64), decoding, seen[context, decoding]))
+        seen[context, decoding] += 1
+        cut += len(ids) > room
+    return prompts, cut
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CacheHook
 from lm_eval.api.registry import model_registry
@@ -22,6 +22,8 @@ from simba_lab import environment
 from simba_lab.checkpoint import load, model_spec, tokenizer_path
 from simba_lab.data import Tokenizer
 from simba_lab.errors import InputError
+from simba_lab.evaluate.account import Account
+from simba_lab.evaluate.answers import AnswerBook, request_keys
 from simba_lab.evaluate.arguments import (
     DEFAULT_BATCH,
     DEFAULT_LENGTH,
@@ -31,12 +33,13 @@ from simba_lab.evaluate.arguments import (
     read_batch_size,
     read_device,
     read_whole,
+    trained_length,
 )
 from simba_lab.evaluate.fingerprint import arm_hash, weights_hash
-from simba_lab.evaluate.generation import Decoding, Prompt, generate
-from simba_lab.evaluate.likelihood import score_pairs
+from simba_lab.evaluate.generation import generate, read_prompts
+from simba_lab.evaluate.likelihood import score_documents, score_pairs
 from simba_lab.evaluate.scoring import Pair, encode_pairs, rolling_pairs
-from simba_lab.kernels.cost import CONVENTION, Ledger, recording
+from simba_lab.kernels.cost import CONVENTION, Ledger, linear, recording
 from simba_lab.model import LanguageModel
 from simba_lab.registry import Spec
 
@@ -71,6 +74,8 @@ class SimbaLabLM(LM):
         max_length: tokens fed at most; longer contexts lose their oldest tokens, which is logged.
         n_suffix: tokens scored per block by :meth:`loglikelihood_rolling`.
         pretrained: the harness's customary name for ``checkpoint``; it names the folder of its results.
+        answers: folder in which answers are kept as they come; the same arm continues from them. Without it an
+            interrupted run starts again, unless the harness's own ``use_cache`` is on.
 
     Raises InputError for an unknown argument (with the list), a bad value, or a checkpoint that cannot be used.
     """
@@ -103,6 +108,7 @@ class SimbaLabLM(LM):
         plan = pruning_plan(saved, criterion, schedule, mean_keep, protect_recent, dense, options)
         tokenizer = Tokenizer.load(tokenizer_path(str(checkpoint)))
         self._equip(saved.with_pruning(plan).to(place), tokenizer)
+        self._trained_length = trained_length(Path(checkpoint))
 
     @classmethod
     def from_model(
@@ -131,6 +137,10 @@ class SimbaLabLM(LM):
         return made
 
     def _settle(self, batch_size: int, max_length: int, n_suffix: int, answers: str | None) -> None:
+        if answers is not None and not isinstance(answers, str):
+            raise InputError(f"model_args: answers must be the name of a folder, got {answers!r}")
+        self._folder = None if answers is None else Path(answers)
+        self._trained_length: int | None = None
         self.batch_size = batch_size
         self.max_length = read_whole("max_length", max_length, at_least=2)
         self.n_suffix = read_whole("n_suffix", n_suffix, at_least=1)
@@ -145,22 +155,40 @@ class SimbaLabLM(LM):
         self.model, self._tokenizer, self._device = model, tokenizer, model.device
         self.ledger = Ledger()
         self.computed: Counter[str] = Counter()
+        self._account = Account(model)
 
     @property
     def eot_token_id(self) -> int:
         return self._tokenizer.eot_id
 
     @property
+    def tokenizer_name(self) -> str:
+        """What the harness tells its stored requests apart by."""
+        return self._tokenizer.fingerprint()
+
+    @property
     def flops(self) -> int:
         """FLOPs of everything computed so far, padding included; answers from a response cache cost nothing."""
         return self.ledger.total
 
+    @property
+    def tokens_computed(self) -> int:
+        """Tokens that entered the first layer so far, padding included."""
+        projection = self.model.backbone.layers[0].mixer.in_proj
+        each = linear(1, projection.in_features, projection.out_features)
+        return self.ledger.entries["forward", 0, "in_proj"] // each
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, is it the greedy continuation) of each (context, continuation)."""
         pairs = self._shortened(encode_pairs(self._tokenizer, [request.args for request in requests]))
-        scores = score_pairs(self.model, pairs, self.batch_size)
-        answers = ((index, (score.log_likelihood, score.greedy)) for index, score in scores)
-        return self._collect("loglikelihood", requests, answers, disable_tqdm)
+        self._account.score("loglikelihood", pairs, len(requests))
+
+        def compute(wanted: list[int]) -> Iterator[tuple[int, tuple[float, bool]]]:
+            scores = score_pairs(self.model, [pairs[index] for index in wanted], self.batch_size)
+            return ((wanted[place], (score.log_likelihood, score.greedy)) for place, score in scores)
+
+        found = self._collect("loglikelihood", requests, compute, disable_tqdm)
+        return [(float(nats), bool(greedy)) for nats, greedy in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood in nats of each whole text, every token scored exactly once.
@@ -169,16 +197,34 @@ class SimbaLabLM(LM):
         block its context, all that precedes it up to ``max_length - n_suffix`` tokens, is prefilled and pruned; the
         block itself is dense. For a dense model that is perplexity by a sliding window of stride ``n_suffix``.
         """
-        return self._collect("loglikelihood_rolling", requests, self._documents(requests), disable_tqdm)
+        dense = self.model.pruning is None
+        texts = self._tokenizer.encode_batch([request.args[0] for request in requests])
+        blocks = [rolling_pairs(ids, self.eot_token_id, self.max_length, self.n_suffix, dense) for ids in texts]
+        self._note_long([min(len(ids), self.max_length) for ids in texts])
+        self._account.score("loglikelihood_rolling", [pair for pairs in blocks for pair in pairs], len(requests))
+
+        def compute(wanted: list[int]) -> Iterator[tuple[int, float]]:
+            return score_documents(self.model, {index: blocks[index] for index in wanted}, self.batch_size)
+
+        return self._collect("loglikelihood_rolling", requests, compute, disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Text after each context, up to the first stop string, the end-of-text token or the length limit.
 
         Sampling is keyed by the request and its repetition: the same text in any batch and any run.
         """
-        prompts = self._prompts(requests)
-        texts = generate(self.model, self._tokenizer, prompts, self.batch_size)
-        return self._collect("generate_until", requests, texts, disable_tqdm)
+        texts, before = [request.args for request in requests], self.flops
+        prompts, cut = read_prompts(self._tokenizer, texts, self.max_length)
+        self._note_cut(cut, len(requests))
+        self._note_long([len(prompt.context) for prompt in prompts])
+
+        def compute(wanted: list[int]) -> Iterator[tuple[int, str]]:
+            written = generate(self.model, self._tokenizer, [prompts[index] for index in wanted], self.batch_size)
+            return ((wanted[place], text) for place, text in written)
+
+        found = self._collect("generate_until", requests, compute, disable_tqdm)
+        self._account.generate("generate_until", [prompt.context for prompt in prompts], self.flops - before)
+        return found
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Give this arm a table of its own in the response cache.
@@ -222,7 +268,9 @@ class SimbaLabLM(LM):
                 "backend": self.model.backend.name,
                 "device": str(self._device),
                 "fingerprint": self.fingerprint,
+                "requests": self._account.as_record(),
                 "requests_computed": dict(self.computed),
+                "tokens_computed": self.tokens_computed,
                 "flops": self.flops,
                 "flops_by_op": self.ledger.by_op(),
                 "convention": CONVENTION,
@@ -236,54 +284,43 @@ class SimbaLabLM(LM):
         shortened = [pair.shortened(self.max_length) for pair in pairs]
         cut = sum(len(short.context) < len(pair.context) for short, pair in zip(shortened, pairs, strict=True))
         self._note_cut(cut, len(pairs))
+        self._note_long([len(pair.context) for pair in shortened])
         return shortened
 
     def _note_cut(self, cut: int, of: int) -> None:
         if cut:
             _log.warning("%d of %d contexts lost their oldest tokens: max_length is %d", cut, of, self.max_length)
 
-    def _documents(self, requests: Sequence[Instance]) -> Iterator[tuple[int, float]]:
-        """(request, log-likelihood) as soon as the last block of its text is scored."""
-        dense = self.model.pruning is None
-        texts = self._tokenizer.encode_batch([request.args[0] for request in requests])
-        blocks = [rolling_pairs(ids, self.eot_token_id, self.max_length, self.n_suffix, dense) for ids in texts]
-        owners = [request for request, pairs in enumerate(blocks) for _ in pairs]
-        missing = Counter(owners)
-        total = [0.0] * len(requests)
-        yield from ((request, 0.0) for request, pairs in enumerate(blocks) if not pairs)
-        for block, score in score_pairs(self.model, [pair for pairs in blocks for pair in pairs], self.batch_size):
-            request = owners[block]
-            total[request] += score.log_likelihood
-            missing[request] -= 1
-            if not missing[request]:
-                yield request, total[request]
-
-    def _prompts(self, requests: Sequence[Instance]) -> list[Prompt]:
-        prompts, seen, cut = [], Counter(), 0
-        for context, options in (request.args for request in requests):
-            decoding = Decoding.from_options(options)
-            room = self.max_length - decoding.max_tokens
-            if room < 1:
-                raise InputError(
-                    f"max_gen_toks {decoding.max_tokens} leaves no context within max_length {self.max_length}; "
-                    "raise max_length"
-                )
-            ids = self._tokenizer.encode(context) or [self.eot_token_id]
-            prompts.append(Prompt(np.array(ids[-room:], dtype=np.int64), decoding, seen[context, decoding]))
-            seen[context, decoding] += 1
-            cut += len(ids) > room
-        self._note_cut(cut, len(requests))
-        return prompts
+    def _note_long(self, lengths: Sequence[int]) -> None:
+        """Say, once for a model, that it reads more than it was trained on."""
+        trained, longest = self._trained_length, max(lengths, default=0)
+        if trained is not None and longest > trained:
+            _log.warning("contexts of up to %d tokens; the model was trained on %d at a time", longest, trained)
+            self._trained_length = None
 
     def _collect(
-        self, kind: str, requests: Sequence[Instance], answers: Iterator[tuple[int, Any]], quiet: bool
-    ) -> list[Any]:
-        """All answers in the order of the requests; each goes to the response cache as soon as it is known."""
-        collected: list[Any] = [None] * len(requests)
-        with recording(self.ledger), tqdm(total=len(requests), desc=kind, disable=quiet) as progress:
-            for index, answer in answers:
+        self, kind: str, requests: Sequence[Instance], compute: Callable[[list[int]], Iterator[tuple[int, Any]]],
+        quiet: bool,
+    ) -> list[Any]:  # fmt: skip
+        """All answers in the order of the requests.
+
+        Those that ``answers`` knows are not computed; every other goes there and to the response cache at once.
+        """
+        book = self._book
+        keys = request_keys(kind, [request.args for request in requests]) if book else []
+        collected = [book.known.get(key) for key in keys] if book else [None] * len(requests)
+        wanted = [index for index, answer in enumerate(collected) if answer is None]
+        done = len(requests) - len(wanted)
+        with recording(self.ledger), tqdm(total=len(requests), initial=done, desc=kind, disable=quiet) as progress:
+            for index, answer in compute(wanted):
                 collected[index] = answer
+                if book:
+                    book.add(keys[index], answer)
                 self.cache_hook.add_partial(kind, requests[index].args, answer)
                 progress.update()
-        self.computed[kind] += len(requests)
+        self.computed[kind] += len(wanted)
         return collected
+
+    @cached_property
+    def _book(self) -> AnswerBook | None:
+        return None if self._folder is None else AnswerBook(self._folder / f"{self.fingerprint}.jsonl")

@@ -7,7 +7,8 @@ padded a little on the right, where nothing that is scored can see it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -43,6 +44,21 @@ def score_pairs(model: LanguageModel, pairs: Sequence[Pair], batch_size: int) ->
     training.
     """
     yield from _run(model, plan_segments(pairs, model.pruning is None), None, batch_size, _Tally(pairs))
+
+
+def score_documents(
+    model: LanguageModel, documents: Mapping[int, Sequence[Pair]], batch_size: int
+) -> Iterator[tuple[int, float]]:
+    """(key, log-likelihood in nats) of documents that consist of pairs, as soon as the last of them is scored."""
+    owners = [key for key, pairs in documents.items() for _ in pairs]
+    missing, total = Counter(owners), dict.fromkeys(documents, 0.0)
+    yield from ((key, 0.0) for key, pairs in documents.items() if not pairs)
+    for pair, score in score_pairs(model, [pair for pairs in documents.values() for pair in pairs], batch_size):
+        key = owners[pair]
+        total[key] += score.log_likelihood
+        missing[key] -= 1
+        if not missing[key]:
+            yield key, total[key]
 
 
 def _run(
