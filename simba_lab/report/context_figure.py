@@ -34,7 +34,7 @@ def context_figure(comparisons: Sequence[Comparison]) -> Figure | None:
     def build() -> Drawn:
         figure = canvas(WIDTH, 4.2)
         plain, far = figure.subplots(1, 2)
-        marks = Marks([point.arm for point in points if _is_shown(point, shown)])
+        marks = Marks([point.arm for point in points])
         hints = {}
         for axes, face, name in ((plain, "quality", "all suffix tokens"), (far, "quality_far", "far tokens")):
             drawn = [point for point in points_of(comparisons, face, _context) if _is_shown(point, shown)]

@@ -72,10 +72,10 @@ function openTarget() {
 
 function nextTheme(button) {
   const order = ["auto", "light", "dark"];
-  const next = order[(order.indexOf(button.textContent) + 1) % order.length];
-  if (next === "auto") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = next;
-  button.textContent = next;
+  const root = document.documentElement;
+  const next = order[(order.indexOf(root.dataset.theme || "auto") + 1) % order.length];
+  root.dataset.theme = next;
+  button.textContent = "colours: " + next;
 }
 
 const theme = document.getElementById("theme");
