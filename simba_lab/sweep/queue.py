@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TASK, CLAIM, ERROR = "task", "claim", "error"
 PATIENCE = 300.0
 TO_APPEAR = 60.0
+LOOK_EVERY = 16
 
 
 class TaskFailed(Exception):
@@ -70,6 +71,7 @@ class Queue:
         self.tasks = {task.key: task for task in tasks}
         self.failed: dict[str, str] = {}
         self._done: set[str] = set()
+        self._unseen = 0
         self._since: dict[Any, float] = {}
         self._looking, self._claiming = threading.Lock(), threading.Lock()
         self._forgiven, self._first = self._prepare(open_study())
@@ -94,7 +96,7 @@ class Queue:
         while not stop.is_set():
             told: dict[str, Any] = {}
             try:
-                left = self._look(study)
+                left = "work" if self._much_is_waiting() else self._look(study)
                 if left == "nothing":
                     return
                 if left == "others":
@@ -109,6 +111,12 @@ class Queue:
                 if time.monotonic() - unheard > PATIENCE:
                     raise InputError(f"--storage: the database has not answered for {PATIENCE:.0f} s") from error
                 self._settle(study, told, stop)
+
+    def _much_is_waiting(self) -> bool:
+        """Whether the last look saw so much that others cannot have taken it all: a look reads every waiting trial."""
+        with self._looking:
+            self._unseen -= 1
+            return self._unseen >= 0
 
     def _take(self, study: optuna.Study, run: Callable[[Trial, Task], float], told: dict[str, Any]) -> None:
         """One trial, by Optuna's own loop, which sends its signs of life. One thread at a time asks for work."""
@@ -181,7 +189,8 @@ class Queue:
             for trial in study.get_trials(deepcopy=False):
                 if (key := trial.user_attrs.get(TASK)) in trials:
                     trials[key].append(trial)
-            found = {self._state(study, self.tasks[key], trials[key]) for key in self.tasks if key not in self._done}
+            found = [self._state(study, self.tasks[key], trials[key]) for key in self.tasks if key not in self._done]
+            self._unseen = found.count("work") // LOOK_EVERY
         return next((state for state in ("work", "others") if state in found), "nothing")
 
     def _state(self, study: optuna.Study, task: Task, trials: Sequence[FrozenTrial]) -> str:

@@ -115,11 +115,13 @@ def open_study(folder: Path, name: str) -> optuna.Study:
 
 
 def named_study(storage: optuna.storages.BaseStorage, name: str) -> optuna.Study:
+    """Whose sampler is the cheapest: parameters are given, or the search brings a sampler of its own."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    return optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
+    options = {"sampler": optuna.samplers.RandomSampler(seed=0), "direction": "minimize", "load_if_exists": True}
+    return optuna.create_study(storage=storage, study_name=name, **options)
 
 
 def open_arms_study(folder: Path, names: Sequence[str]) -> optuna.Study:

@@ -1,0 +1,111 @@
+"""A PostgreSQL server of a test's own, from the binaries that the system offers; not as root, which it refuses."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+OWNER = "postgres"
+
+
+def binary(name: str) -> str | None:
+    found = shutil.which(name)
+    return found or next((str(path) for path in sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))), None)
+
+
+def missing() -> str | None:
+    """Why there can be no server here, or None."""
+    if not (binary("initdb") and binary("postgres")):
+        return "PostgreSQL's initdb and postgres are not installed (Debian: apt-get install postgresql)"
+    if os.getuid() == 0 and not (shutil.which("setpriv") and _owner()):
+        return f"root needs setpriv and a user {OWNER} to run PostgreSQL as"
+    return None
+
+
+def _owner() -> pwd.struct_passwd | None:
+    try:
+        return pwd.getpwnam(OWNER)
+    except KeyError:
+        return None
+
+
+class Server:
+    """A cluster in ``folder``, reached through a socket there alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(mode=0o700)
+        self._as: list[str] = []
+        if os.getuid() == 0:
+            owner = _owner()
+            os.chown(folder, owner.pw_uid, owner.pw_gid)
+            self._as = ["setpriv", f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups"]
+        self._run(binary("initdb"), "-D", str(folder / "data"), "-U", "lab", "-A", "trust", "--no-sync")
+        self.process = self.start()
+
+    def _run(self, *command: str) -> None:
+        subprocess.run([*self._as, *command], check=True, capture_output=True, cwd=self.folder)
+
+    def start(self) -> subprocess.Popen:
+        command = ["-D", str(self.folder / "data"), "-k", str(self.folder), "-c", "listen_addresses="]
+        log = open(self.folder.parent / "postgres.log", "a")  # noqa: SIM115
+        process = subprocess.Popen([*self._as, binary("postgres"), *command], stdout=log, stderr=log, cwd=self.folder)
+        self._until_ready()
+        return process
+
+    def _until_ready(self) -> None:
+        import psycopg
+
+        for _ in range(300):
+            try:
+                psycopg.connect(self.conninfo("postgres")).close()
+                return
+            except psycopg.OperationalError:
+                time.sleep(0.1)
+        raise TimeoutError("PostgreSQL did not start")
+
+    def conninfo(self, database: str) -> str:
+        return f"host={self.folder} user=lab dbname={database}"
+
+    def database(self, name: str) -> str:
+        """Makes a database; returns its address for SQLAlchemy."""
+        self.sql("postgres", f"CREATE DATABASE {name}")
+        return f"postgresql+psycopg://lab@/{name}?host={self.folder}"
+
+    def sql(self, database: str, statement: str) -> list[tuple]:
+        import psycopg
+
+        with psycopg.connect(self.conninfo(database), autocommit=True) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    def cut_connections(self, database: str) -> int:
+        """Kills every connection to ``database``, as an administrator or a failing network would."""
+        rows = self.sql(
+            "postgres", f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"
+        )
+        return len(rows)
+
+    def stop(self) -> None:
+        """At once, whoever is connected: SIGTERM would wait for them."""
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(timeout=60)
+
+
+def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """A started server; skips the test, with its reason, where there can be none."""
+    pytest.importorskip("psycopg")
+    if reason := missing():
+        pytest.skip(reason)
+    base = tmp_path_factory.mktemp("pg")
+    for folder in (base, *base.parents):
+        if os.getuid() == 0 and folder.stat().st_uid == 0 and str(folder).startswith("/tmp/"):
+            folder.chmod(folder.stat().st_mode | 0o011)
+    return Server(base / "cluster")
