@@ -309,7 +309,7 @@ def test_differences_are_corrected_over_arms_and_columns() -> None:
 def test_a_higher_perplexity_is_worse_whatever_the_sign_of_better() -> None:
     def arm(name: str, nats: float) -> ArmScores:
         values = nats + np.linspace(0, 1, 40)
-        return ArmScores(name, {}, {"lm": scores("lm", perplexity=Metric(NATS, False, values, np.ones(40)))})
+        return ArmScores(name, {}, {"lm": scores("lm", perplexity=Metric(NATS, True, values, np.ones(40)))})
 
     (found,) = compare([(arm("pruned", 1.5), arm("dense", 1.0))], 1000)
     assert found.verdict == "worse" and found.comparison.difference == pytest.approx(0.5)
