@@ -7,6 +7,7 @@ import pwd
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -37,11 +38,13 @@ def _owner() -> pwd.struct_passwd | None:
 
 
 class Server:
-    """A cluster in ``folder``, reached through a socket there alone."""
+    """A cluster in a temporary folder, reached through a socket there alone.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(mode=0o700)
+    Not in the test's folder: its parents belong to whoever runs the tests, and its path is too long for a socket.
+    """
+
+    def __init__(self) -> None:
+        self.folder = folder = Path(tempfile.mkdtemp(prefix="simba-pg-"))
         self._as: list[str] = []
         if os.getuid() == 0:
             owner = _owner()
@@ -55,8 +58,8 @@ class Server:
 
     def start(self) -> subprocess.Popen:
         command = ["-D", str(self.folder / "data"), "-k", str(self.folder), "-c", "listen_addresses="]
-        log = open(self.folder.parent / "postgres.log", "a")  # noqa: SIM115
-        process = subprocess.Popen([*self._as, binary("postgres"), *command], stdout=log, stderr=log, cwd=self.folder)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen([*self._as, binary("postgres"), *command], cwd=self.folder, **quiet)
         self._until_ready()
         return process
 
@@ -97,15 +100,12 @@ class Server:
         """At once, whoever is connected: SIGTERM would wait for them."""
         self.process.send_signal(signal.SIGINT)
         self.process.wait(timeout=60)
+        shutil.rmtree(self.folder)
 
 
-def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
+def server() -> Server:
     """A started server; skips the test, with its reason, where there can be none."""
     pytest.importorskip("psycopg")
     if reason := missing():
         pytest.skip(reason)
-    base = tmp_path_factory.mktemp("pg")
-    for folder in (base, *base.parents):
-        if os.getuid() == 0 and folder.stat().st_uid == 0 and str(folder).startswith("/tmp/"):
-            folder.chmod(folder.stat().st_mode | 0o011)
-    return Server(base / "cluster")
+    return Server()

@@ -37,8 +37,8 @@ COUNT = 200
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[postgres.Server]:
-    made = postgres.server(tmp_path_factory)
+def server() -> Iterator[postgres.Server]:
+    made = postgres.server()
     yield made
     made.stop()
 
@@ -65,7 +65,7 @@ def short_trial(trial: optuna.Trial, task: Task) -> float:
 def work(url: str, count: int, run: Callable[[optuna.Trial, Task], float] = short_trial) -> dict[str, str]:
     """One process at the shared study, as one of many; returns what failed."""
     storage = SharedStorage(url, heartbeat=1).open()
-    queue = Queue(lambda: named_study(storage, "shared"), tasks(count), poll=0.1, grace=4.0)
+    queue = Queue(lambda: named_study(storage, "shared"), tasks(count), place=os.getpid() * 37, poll=0.1, grace=4.0)
     queue.work(run, threading.Event())
     return queue.failed
 
@@ -174,12 +174,24 @@ def test_a_trial_whose_processes_keep_dying_is_given_up(tmp_path: Path) -> None:
     assert queue.failed == {"key-0": "lost 7 times with the process that ran it"}
 
 
-def test_tasks_enqueued_twice_by_hosts_that_start_together_are_run_once(tmp_path: Path) -> None:
+def test_a_task_that_two_hosts_enter_at_once_is_run_once(tmp_path: Path) -> None:
     study = named_study(local_storage(tmp_path), "shared")
-    for _ in range(3):
+    for _ in range(2):
         study.enqueue_trial({"x": 0.0}, user_attrs={TASK: "key-0"})
-    Queue(lambda: named_study(local_storage(tmp_path), "shared"), tasks(1)).work(short_trial, threading.Event())
-    assert collections.Counter(trial.state.name for trial in study.trials) == {"COMPLETE": 1, "PRUNED": 2}
+    runs: list[int] = []
+
+    def run(trial: optuna.Trial, task: Task) -> float:
+        runs.append(trial.number)
+        time.sleep(0.5)
+        return short_trial(trial, task)
+
+    queue = Queue(lambda: named_study(local_storage(tmp_path), "shared"), tasks(1), poll=0.05)
+    threads = [threading.Thread(target=queue.work, args=(run, threading.Event())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert runs == [0] and [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
 
 
 def test_workers_divide_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:

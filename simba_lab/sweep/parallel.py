@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ class Team:
     ) -> None:  # fmt: skip
         self.name, self.measurement, self.folder, self.say = name, measurement, folder, say
         self.workers, self.storage, self.plan = workers, storage, measurement.plan
+        # Alone, in the order of the file; beside others, from anywhere.
+        self._place = 0 if storage is None else int(digest(os.uname().nodename, os.getpid())[:8], 16)
         self._best: dict[str, float] = {}
         self._talking = threading.Lock()
 
@@ -50,6 +53,9 @@ class Team:
         alone = any(map(_wants_several_devices, experiments))
         pool = Pool(self.workers, self.measurement.config, self.folder)
 
+        def is_trained(task: Task) -> bool:
+            return needed[task.key].is_trained()
+
         def run(slot: Slot, trial: Trial, task: Task) -> float:
             try:
                 train_if_missing(needed[task.key], self.say, [] if alone else slot.settings, pool.stop)
@@ -59,7 +65,7 @@ class Team:
                 raise GivenBack
             return 0.0
 
-        queue = Queue(self._opener("training", tasks), tasks, lambda task: needed[task.key].is_trained())
+        queue = Queue(self._opener("training", tasks), tasks, is_trained, self._place)
         pool.empty(queue, run, 1 if alone else None)
         _refuse_failed(queue, "trainings")
 
@@ -79,7 +85,7 @@ class Team:
                 self._tell(progress, task.label, len(windows), measured, measured["quality"])
                 return search.note(trial, measured)
 
-            queue = Queue(lambda: _with_sampler(opener(), settings.seed), tasks)
+            queue = Queue(lambda: _with_sampler(opener(), settings.seed), tasks, place=self._place)
             Pool(self.workers, self.measurement.config, self.folder).empty(queue, run)
         _refuse_failed(queue, "trials of the search")
         self._best = opener().best_trial.params
@@ -108,7 +114,7 @@ class Team:
                 return measured["value"]
 
             if not all(done(task) for task in tasks):
-                queue = Queue(self._opener("arms", tasks, names), tasks, done)
+                queue = Queue(self._opener("arms", tasks, names), tasks, done, self._place)
                 Pool(self.workers, self.measurement.config, self.folder).empty(queue, run)
                 _refuse_failed(queue, "arms")
         return [store.load(name, prints[name]) for name in names]

@@ -17,16 +17,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from simba_lab.errors import InputError
-from simba_lab.sweep.study import RETRIES, lost_connection
+from simba_lab.sweep.study import PATIENCE, RETRIES, lost_connection, patiently
 
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial, Trial
 
 TASK, CLAIM, ERROR = "task", "claim", "error"
-PATIENCE = 300.0
 TO_APPEAR = 60.0
-LOOK_EVERY = 16
 
 
 class TaskFailed(Exception):
@@ -59,32 +57,27 @@ class Queue:
         open_study: opens the study anew; called once per thread.
         tasks: all of them, in the order they should be run in.
         done: whether the result of a task can be seen here; None: a complete trial is enough.
+        place: of the task to begin with; processes that share a study begin in different places, not to meet.
         poll: seconds between two looks at the study while others are at work.
         grace: seconds after which a claimed trial that nobody announced is taken to be lost.
     """
 
     def __init__(
         self, open_study: Callable[[], optuna.Study], tasks: Sequence[Task],
-        done: Callable[[Task], bool] | None = None, poll: float = 0.5, grace: float = 15.0,
+        done: Callable[[Task], bool] | None = None, place: int = 0, poll: float = 0.5,
+        grace: float = 15.0,
     ) -> None:  # fmt: skip
         self.open_study, self.poll, self.grace, self._visible = open_study, poll, grace, done
-        self.tasks = {task.key: task for task in tasks}
+        first = place % max(1, len(tasks))
+        self.tasks = {task.key: task for task in (*tasks[first:], *tasks[:first])}
         self.failed: dict[str, str] = {}
         self._done: set[str] = set()
-        self._unseen = 0
         self._since: dict[Any, float] = {}
-        self._looking, self._claiming = threading.Lock(), threading.Lock()
-        self._forgiven, self._first = self._prepare(open_study())
-
-    def _prepare(self, study: optuna.Study) -> tuple[set[int], int]:
-        """(trials whose failure is forgotten, number of the first trial after this start)."""
-        trials = study.get_trials(deepcopy=False)
+        self._claiming = threading.Lock()
+        trials = patiently(lambda: open_study().get_trials(deepcopy=False))
+        self._first = len(trials)
         at_work = any(trial.state.name == "RUNNING" for trial in trials)
-        forgiven = set() if at_work else {trial.number for trial in trials if ERROR in trial.user_attrs}
-        first = len(trials)
-        self._first, self._forgiven = first, forgiven
-        self._look(study)
-        return forgiven, first
+        self._forgiven = set() if at_work else {trial.number for trial in trials if ERROR in trial.user_attrs}
 
     def work(self, run: Callable[[Trial, Task], float], stop: threading.Event) -> None:
         """Runs tasks, one at a time, until all are done or failed, wherever, or ``stop`` is set.
@@ -92,18 +85,16 @@ class Queue:
         ``run`` returns the value of the trial or raises TaskFailed or GivenBack. Any number of threads and processes
         may be in here. Raises InputError if the database does not answer for minutes.
         """
-        study, unheard = self.open_study(), None
+        study, unheard = patiently(self.open_study), None
         while not stop.is_set():
             told: dict[str, Any] = {}
             try:
-                left = "work" if self._much_is_waiting() else self._look(study)
+                left = self._take(study, run, told)
+                unheard = None
                 if left == "nothing":
                     return
                 if left == "others":
                     stop.wait(self.poll)
-                else:
-                    self._take(study, run, told)
-                unheard = None
             except (*lost_connection(), ValueError) as error:
                 if isinstance(error, ValueError) and "number" not in told:
                     raise
@@ -112,14 +103,11 @@ class Queue:
                     raise InputError(f"--storage: the database has not answered for {PATIENCE:.0f} s") from error
                 self._settle(study, told, stop)
 
-    def _much_is_waiting(self) -> bool:
-        """Whether the last look saw so much that others cannot have taken it all: a look reads every waiting trial."""
-        with self._looking:
-            self._unseen -= 1
-            return self._unseen >= 0
+    def _take(self, study: optuna.Study, run: Callable[[Trial, Task], float], told: dict[str, Any]) -> str:
+        """Looks for work and does one trial of it, by Optuna's own loop, which sends its signs of life.
 
-    def _take(self, study: optuna.Study, run: Callable[[Trial, Task], float], told: dict[str, Any]) -> None:
-        """One trial, by Optuna's own loop, which sends its signs of life. One thread at a time asks for work."""
+        One thread at a time looks and claims, so that none finds the work gone that it saw.
+        """
         self._claiming.acquire()
         claiming = True
 
@@ -133,9 +121,12 @@ class Queue:
             return told["value"]
 
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                study.optimize(objective, n_trials=1, catch=(TaskFailed, GivenBack))
+            left = self._look(study)
+            if left == "work":
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    study.optimize(objective, n_trials=1, catch=(TaskFailed, GivenBack))
+            return left
         finally:
             if claiming:
                 self._claiming.release()
@@ -145,11 +136,19 @@ class Queue:
         from optuna import TrialPruned
 
         key = trial.user_attrs.get(TASK)
-        earlier = [other for other in _of(study, key) if other.number < trial.number]
-        if key not in self.tasks or key in self._done or any(_alive(other) for other in earlier):
+        if key not in self.tasks or self._another_has(study, self.tasks[key], trial.number):
             raise TrialPruned
         trial.set_user_attr(CLAIM, {"trial": trial.number, "host": os.uname().nodename, "process": os.getpid()})
         return self.tasks[key]
+
+    def _another_has(self, study: optuna.Study, task: Task, number: int) -> bool:
+        """Of several trials of one task, entered at once on several hosts, the first is the one that counts."""
+        trials = [trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get(TASK) == task.key]
+        earlier = [trial for trial in trials if trial.number < number]
+        counts = 0 if self._visible is None else self._first
+        complete = any(trial.state.name == "COMPLETE" and trial.number >= counts for trial in earlier)
+        alive = any(trial.state.name in ("WAITING", "RUNNING") for trial in earlier)
+        return complete or alive or (self._visible is not None and self._visible(task))
 
     def _run(self, run: Callable[[Trial, Task], float], trial: Trial, task: Task) -> float:
         try:
@@ -179,19 +178,26 @@ class Queue:
             return
 
     def _look(self, study: optuna.Study) -> str:
-        """``work`` to take, work of ``others`` to wait for, or ``nothing``; puts lost tasks back."""
+        """``work`` to take, work of ``others`` to wait for, or ``nothing``.
+
+        A task enters the study when somebody is free for it: the fewer trials wait, the less every look has to read.
+        """
         from optuna.storages import fail_stale_trials
 
-        with self._looking, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fail_stale_trials(study)
-            trials: dict[str, list[FrozenTrial]] = {key: [] for key in self.tasks}
-            for trial in study.get_trials(deepcopy=False):
-                if (key := trial.user_attrs.get(TASK)) in trials:
-                    trials[key].append(trial)
-            found = [self._state(study, self.tasks[key], trials[key]) for key in self.tasks if key not in self._done]
-            self._unseen = found.count("work") // LOOK_EVERY
-        return next((state for state in ("work", "others") if state in found), "nothing")
+        trials: dict[str, list[FrozenTrial]] = {key: [] for key in self.tasks}
+        for trial in study.get_trials(deepcopy=False):
+            if (key := trial.user_attrs.get(TASK)) in trials:
+                trials[key].append(trial)
+        left = [key for key in self.tasks if key not in self._done]
+        states = {key: self._state(study, self.tasks[key], trials[key]) for key in left}
+        free = next((key for key, state in states.items() if state == "free"), None)
+        if free is not None:
+            study.enqueue_trial(dict(self.tasks[free].params), user_attrs={TASK: free})
+            return "work"
+        return next((state for state in ("work", "others") if state in states.values()), "nothing")
 
     def _state(self, study: optuna.Study, task: Task, trials: Sequence[FrozenTrial]) -> str:
         states = {trial.state.name for trial in trials}
@@ -208,19 +214,15 @@ class Queue:
         since = [trial for trial in trials if trial.number >= self._first]
         if any(trial.state.name == "COMPLETE" for trial in since):
             return self._waits_to_appear(task, since)
-        return self._returned(study, task, trials, since)
+        return self._free_or_failed(task, trials, since)
 
-    def _returned(
-        self, study: optuna.Study, task: Task, trials: Sequence[FrozenTrial], since: Sequence[FrozenTrial]
-    ) -> str:
-        """A task that nobody holds goes into the queue, unless it failed."""
+    def _free_or_failed(self, task: Task, trials: Sequence[FrozenTrial], since: Sequence[FrozenTrial]) -> str:
         errors = [t.user_attrs[ERROR] for t in trials if ERROR in t.user_attrs and t.number not in self._forgiven]
         lost = sum(trial.state.name == "FAIL" for trial in since)
         if errors or lost > 2 * RETRIES:
             self.failed[task.key] = errors[-1] if errors else f"lost {lost} times with the process that ran it"
             return "nothing"
-        study.enqueue_trial(dict(task.params), user_attrs={TASK: task.key})
-        return "work"
+        return "free"
 
     def _end_if_never_announced(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """A process that dies between taking a trial and its first sign of life leaves it running for ever."""
@@ -244,11 +246,3 @@ class Queue:
     def _waited(self, what: Any) -> float:
         now = time.monotonic()
         return now - self._since.setdefault(what, now)
-
-
-def _of(study: optuna.Study, key: str | None) -> list[FrozenTrial]:
-    return [trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get(TASK) == key]
-
-
-def _alive(trial: FrozenTrial) -> bool:
-    return trial.state.name in ("WAITING", "RUNNING")

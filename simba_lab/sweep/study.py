@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from simba_lab.environment import without_passwords
 from simba_lab.errors import InputError
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 STUDY_FILE = "study.db"
 MISSED_HEARTBEATS, RETRIES = 3, 3
+PATIENCE = 300.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,18 @@ def lost_connection() -> tuple[type[Exception], ...]:
     from sqlalchemy.exc import SQLAlchemyError
 
     return StorageInternalError, SQLAlchemyError
+
+
+def patiently(call: Callable[[], T], seconds: float = PATIENCE) -> T:
+    """``call()``, again until the database answers. Raises InputError if that takes longer than ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return call()
+        except lost_connection() as error:
+            if time.monotonic() > deadline:
+                raise InputError(f"--storage: the database has not answered for {seconds:.0f} s") from error
+            time.sleep(0.5)
 
 
 def local_storage(folder: Path) -> optuna.storages.RDBStorage:
