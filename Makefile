@@ -19,7 +19,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup sweep report eval tasks bench bench-table doctor dashboard test test-gpu soak lock clean check-python
+.PHONY: help setup sweep report eval tasks bench bench-table doctor dashboard test test-gpu soak audit lock clean check-python
 
 help:  ## print this list
 	@echo "make TARGET [EXP=sweep] [CKPT=checkpoint] [ARGS='further arguments']"
@@ -68,8 +68,19 @@ test-gpu: $(STAMP)  ## run the whole suite where there is a CUDA device: Triton 
 soak: $(STAMP)  ## the kill and fuzz tests at full size, with their counts; takes an hour
 	@$(BIN)/python -m pytest -m soak -s -n 0 $(wildcard tests/test_kills.py tests/test_fuzz.py) $(ARGS)
 
+# In a folder of its own, so that the auditor's own dependencies are not among those that are audited.
+audit: $(STAMP)  ## look for known vulnerabilities in the pinned dependencies, where the index can be reached
+	@test -x .audit-venv/bin/pip-audit || { $(PYTHON) -m venv .audit-venv && \
+	  .audit-venv/bin/python -m pip install --quiet 'pip-audit>=2.7,<3'; } || { rm -rf .audit-venv; \
+	  echo "make: pip-audit cannot be installed here: nothing was audited"; exit 0; }
+	@status=0; .audit-venv/bin/pip-audit --progress-spinner off --disable-pip --no-deps \
+	  --requirement requirements.lock $(ARGS) 2> .audit-venv/said || status=$$?; \
+	if grep -qE 'ConnectionError|ServiceError|Max retries|timed out|Name or service' .audit-venv/said; then \
+	  echo "make: the index of vulnerabilities cannot be reached from here: nothing was audited"; \
+	else cat .audit-venv/said >&2; exit $$status; fi
+
 clean:  ## remove .venv and caches, keep runs/
-	rm -rf $(VENV) .lock-venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .lock-venv .audit-venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find simba_lab tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # torch brings the packages left out here in exactly the versions its own build wants: none on a CPU-only machine.

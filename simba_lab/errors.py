@@ -1,4 +1,4 @@
-"""The two errors a user can cause; everything else that escapes is a bug of ours."""
+"""What a user can cause; everything else that escapes is a bug of ours."""
 
 from __future__ import annotations
 
@@ -13,3 +13,11 @@ class BudgetMismatch(InputError):
     """Arms whose FLOPs cannot be made equal: names each arm, its FLOPs and its distance (exit code 3)."""
 
     exit_code = 3
+
+
+class NotFinite(InputError):
+    """A loss, score, state or weight that is NaN or infinite: names what, where and when."""
+
+
+class AlteredRecord(InputError):
+    """A record that is not what the program wrote: names the file and what differs."""

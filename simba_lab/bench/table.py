@@ -30,9 +30,15 @@ def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """A paragraph per place and date of measurement, then one table of all lines."""
-    sources = dict.fromkeys(source(result) for result in results)
-    rows = [cells(line) for result in results for line in result["lines"]]
+    """A paragraph per place and date of measurement, then one table of all lines.
+
+    Raises InputError for a result that no bench wrote.
+    """
+    try:
+        sources = dict.fromkeys(source(result) for result in results)
+        rows = [tuple(map(str, cells(line))) for result in results for line in result["lines"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"bench table: not as bench writes it: {type(error).__name__} {str(error)[:80]}") from None
     table = [HEADINGS, ("---",) * len(HEADINGS), *rows]
     body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     return "\n\n".join([*sources, "\n".join(body)]) + "\n"

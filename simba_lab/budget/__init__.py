@@ -2,7 +2,8 @@
 
 from simba_lab.budget.accounting import Account, account
 from simba_lab.budget.arms import Arm, DenseArm, PrunedArm, ShorterContextArm, TrainedArm
-from simba_lab.budget.count import CostMismatch, count_forward, verify
+from simba_lab.budget.count import CostMismatch, count_forward, refuse_altered, verify
+from simba_lab.budget.evidence import check_evidence, seal
 from simba_lab.budget.match import Budget, Solution, check_realised, closest, match, solve
 from simba_lab.budget.operations import UncountedOperation
 
@@ -18,10 +19,13 @@ __all__ = [
     "TrainedArm",
     "UncountedOperation",
     "account",
+    "check_evidence",
     "check_realised",
     "closest",
     "count_forward",
     "match",
+    "refuse_altered",
+    "seal",
     "solve",
     "verify",
 ]

@@ -25,6 +25,7 @@ class Arm:
         n_suffix: tokens after them, processed densely.
         plan: how it prunes; None is dense.
         head: logits for the scored positions (``scored``) or all that remain (``all``).
+        protocol: ``suffix``, or ``full``, which prunes context and suffix alike and is acausal.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Arm:
     n_suffix: int
     plan: PruningPlan | None = None
     head: str = "scored"
+    protocol: str = "suffix"
 
     @property
     def knob(self) -> str | None:
@@ -55,13 +57,16 @@ class Arm:
 
     @property
     def keep_counts(self) -> list[int]:
-        """Context tokens entering each layer."""
+        """Tokens entering each layer that may be pruned."""
+        tokens = self.n_context + (self.n_suffix if self.protocol == "full" else 0)
         if self.plan is None:
-            return [self.n_context] * self.config.n_layer
-        return self.plan.schedule.counts(self.config.n_layer, self.n_context)
+            return [tokens] * self.config.n_layer
+        return self.plan.schedule.counts(self.config.n_layer, tokens)
 
     def window(self) -> Breakdown:
         """FLOPs of one forward pass over one window."""
+        if self.protocol == "full":
+            return forward_flops(self.config, self.keep_counts, 0, self.plan, "all")
         return forward_flops(self.config, self.keep_counts, self.n_suffix, self.plan, self.head)
 
     @property

@@ -89,7 +89,7 @@ def count_forward(model: LanguageModel, n_context: int, n_suffix: int, head: str
     with torch.device("meta"):
         twin = LanguageModel(model.config, seed=None)
         tokens = torch.empty(1, n_context + n_suffix, dtype=torch.int64)
-    _refuse_altered(model, twin)
+    _refuse_unlike(model, twin)
     traced = _Traced(twin, model.pruning, n_context, head)
     multiply_adds = _by_scope(traced, tokens)
     scored = traced.scored()
@@ -124,15 +124,24 @@ def _flops(multiply_adds: float) -> int:
     return flops
 
 
-def _refuse_altered(model: nn.Module, twin: LanguageModel) -> None:
+def refuse_altered(model: LanguageModel) -> None:
+    """Raises InputError naming the module for a model whose ledger could not be trusted: compiled, replaced, hooked."""
+    with torch.device("meta"):
+        twin = LanguageModel(model.config, seed=None)
+    _refuse_unlike(model, twin)
+
+
+def _refuse_unlike(model: nn.Module, twin: LanguageModel) -> None:
     """The twin speaks for the model only if both are made of the same modules and shapes."""
     original = dict(twin.named_modules())
     for name, module in model.named_modules():
         kind, label = type(module).__name__, f"model.{name}" if name else "model"
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise InputError(f"{label} is compiled ({kind}): count FLOPs on the model before torch.compile")
-        if type(module) is not type(original.get(name)):
+        if type(module) is not type(original.get(name)) or "forward" in vars(module):
             raise InputError(f"{label} is a {kind}, not what its config describes: FLOPs cannot be counted from it")
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise InputError(f"{label} has forward hooks, whose work nobody counts: remove them")
     shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
     for name, parameter in model.named_parameters():
         if parameter.shape != shapes.get(name):

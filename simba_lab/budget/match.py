@@ -50,12 +50,19 @@ class Budget:
 
 @dataclass(frozen=True)
 class Solution:
-    """An arm with its knob turned to the budget; lowest and highest: the FLOPs in its reach."""
+    """An arm with its knob turned to the budget; lowest and highest: the FLOPs in its reach.
+
+    ``keep_counts`` are those of the arm when it was planned, as ``flops`` are, and stay if the arm is changed.
+    """
 
     arm: Arm
     flops: int
     lowest: int
     highest: int
+    keep_counts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep_counts", self.keep_counts or tuple(self.arm.keep_counts))
 
     def line(self, budget: Budget) -> str:
         """``name: knob = value costs .. FLOPs, .. % above the budget``, and the reach of an arm that is not matched."""
@@ -72,6 +79,11 @@ def _readable(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
 
 
+def _brief(counts: Sequence[int]) -> str:
+    text = ", ".join(map(str, counts))
+    return f"[{text}]" if len(counts) <= 8 else f"[{', '.join(map(str, counts[:3]))}, .., {counts[-1]}]"
+
+
 def _against(flops: int, budget: Budget) -> str:
     side = "above" if flops >= budget.flops else "below"
     return f"{flops:,} FLOPs, {100 * abs(budget.distance(flops)):.4g} % {side} the budget"
@@ -85,12 +97,14 @@ def solve(arm: Arm, budget: Budget) -> Solution:
 def match(arms: Sequence[Arm], budget: Budget) -> list[Solution]:
     """All arms at one budget, in order, before anything runs.
 
-    Raises BudgetMismatch, one line for every arm with its FLOPs and distance, if any is out of tolerance; InputError
-    for a name used twice and for an arm whose FLOPs do not rise with its knob.
+    Raises BudgetMismatch, one line for every arm with its FLOPs and distance, if any is out of tolerance, and for arms
+    whose FLOPs are not counted alike; InputError for a name used twice and for an arm whose FLOPs do not rise with its
+    knob.
     """
     names = [arm.name for arm in arms]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"arms: the name {twice[0]!r} is used twice")
+    _check_alike(arms)
     solutions = [closest(arm, budget) for arm in arms]
     missed = [s for s in solutions if not budget.admits(s.flops)]
     if missed:
@@ -100,15 +114,31 @@ def match(arms: Sequence[Arm], budget: Budget) -> list[Solution]:
     return solutions
 
 
+def _check_alike(arms: Sequence[Arm]) -> None:
+    """FLOPs of different protocols or head accountings say nothing about each other."""
+    for key in ("protocol", "head"):
+        first, *others = [(arm.name, getattr(arm, key)) for arm in arms] or [("", "")]
+        for name, value in others:
+            if value != first[1]:
+                unlike = f"{first[0]} has {key} {first[1]} and {name} has {key} {value}"
+                raise BudgetMismatch(f"arms: {unlike}; one comparison takes one {key}")
+
+
 def check_realised(solutions: Sequence[Solution], realised: Mapping[str, int], budget: Budget) -> None:
     """Refuses results whose FLOPs, taken from the ledger of the run, are not the planned ones or left the tolerance.
 
-    ``realised``: arm name -> FLOPs in the unit of the budget. Raises BudgetMismatch that names every such arm.
+    ``realised``: arm name -> FLOPs in the unit of the budget. Raises BudgetMismatch that names every such arm, and
+    every arm that is no longer what was planned.
     """
     lines = []
     for solution in solutions:
         name, planned, ran = solution.arm.name, solution.flops, realised.get(solution.arm.name)
-        if ran is None:
+        if tuple(solution.arm.keep_counts) != solution.keep_counts or solution.arm.flops != planned:
+            counts = f"{_brief(solution.keep_counts)} to {_brief(solution.arm.keep_counts)}"
+            costs = "it has no ledger" if ran is None else f"ran {ran:,} FLOPs"
+            changed = f"its schedule was changed, from {counts}"
+            lines.append(f"  {name}: {costs}, but {planned:,} FLOPs were planned: {changed}")
+        elif ran is None:
             lines.append(f"  {name}: has no ledger, {planned:,} FLOPs were planned")
         elif ran != planned:
             lines.append(f"  {name}: ran {_against(ran, budget)}, but {planned:,} FLOPs were planned")

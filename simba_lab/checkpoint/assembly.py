@@ -13,6 +13,7 @@ from simba_lab.errors import InputError
 from simba_lab.model import LanguageModel, ModelConfig
 from simba_lab.pruning import PruningPlan
 
+UNQUESTIONED_LAYERS = 1000
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 
 
@@ -46,8 +47,7 @@ def assemble(stored: Stored, backend: str, dtype: torch.dtype | None) -> Languag
 
     Raises InputError naming the source and the weight that is missing, surplus or of another shape.
     """
-    with torch.device("meta"):
-        model = LanguageModel(stored.config, stored.plan, backend, seed=None)
+    model = _without_weights(stored, backend)
     if stored.config.tie_embeddings:
         _drop_tied_head(stored)
     _check(model, stored)
@@ -58,6 +58,18 @@ def assemble(stored: Stored, backend: str, dtype: torch.dtype | None) -> Languag
     if stored.config.tie_embeddings:
         model.lm_head.weight = model.backbone.embedding.weight
     return model.requires_grad_(True).eval()
+
+
+def _without_weights(stored: Stored, backend: str) -> LanguageModel:
+    """A config of many layers is believed only as far as there are weights: making one takes time, if no memory."""
+    layers, weights = stored.config.n_layer, len(stored.weights)
+    if layers > UNQUESTIONED_LAYERS + weights:
+        raise InputError(f"{stored.source}: the config has {layers} layers, but the file only {weights} weights")
+    try:
+        with torch.device("meta"):
+            return LanguageModel(stored.config, stored.plan, backend, seed=None)
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{stored.source}: no model has such a shape: {str(error).partition(chr(10))[0]}") from None
 
 
 def _drop_tied_head(stored: Stored) -> None:

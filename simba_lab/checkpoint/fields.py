@@ -82,7 +82,9 @@ def refuse_step_limit(fields: Fields, key: str) -> None:
 
 def step_rank(value: Any, d_model: int) -> Any:
     """``dt_rank`` of ours: None where it is the default for the width."""
-    return None if value in ("auto", None) or value == math.ceil(d_model / 16) else value
+    if value in ("auto", None):
+        return None
+    return None if isinstance(d_model, int) and value == -(-d_model // 16) else value
 
 
 def build(where: str, make: Callable[[], ModelConfig]) -> ModelConfig:

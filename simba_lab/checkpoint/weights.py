@@ -21,6 +21,9 @@ SAFETENSORS_FILE, TORCH_FILE = "model.safetensors", "pytorch_model.bin"
 WEIGHTS_FILES = (SAFETENSORS_FILE, TORCH_FILE)
 """What a folder's weights are called; the first that is there is read, whole or by its index of shards."""
 
+LONGEST_NAME = 255
+"""Bytes that a file's name may have."""
+
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,7 +45,7 @@ def read_json(path: Path) -> Any:
     """Raises InputError for a file that is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"checkpoint: {path} is not JSON: {error}") from None
 
 
@@ -50,10 +53,15 @@ def shard_names(index: Path) -> list[str]:
     """Files that an index names, each beside it. Raises InputError for an index that is none."""
     content = read_json(index)
     places = content.get("weight_map") if isinstance(content, Mapping) else None
-    names = set(places.values()) if isinstance(places, Mapping) else set()
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+    names = list(places.values()) if isinstance(places, Mapping) else []
+    if not names or not all(map(_is_file_name, names)):
         raise InputError(f"checkpoint: {index} has no weight_map from weights to files beside it")
-    return sorted(names)
+    return sorted(set(names))
+
+
+def _is_file_name(name: Any) -> bool:
+    plain = isinstance(name, str) and Path(name).name == name != "" and "\0" not in name
+    return plain and len(name.encode("utf-8", "replace")) <= LONGEST_NAME
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -29,12 +29,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from simba_lab.report import print_table
-    from simba_lab.report.folders import gather
+    from simba_lab.budget import check_evidence
+    from simba_lab.report import load_results, print_table
+    from simba_lab.report.folders import RESULTS_FILE, gather
     from simba_lab.report.html import default_target, write_page
 
     target = args.out or default_target(args.folders)
     gathered = gather(args.folders, target, args.allow_unequal)
+    shown = {one.folder for one in [*gathered.comparisons, *gathered.unequal]}
+    for path in args.folders:
+        file = path / RESULTS_FILE if path.is_dir() else path
+        if file.parent in shown:
+            check_evidence(file, load_results(file, allow_unequal=True))
     write_page(gathered, target)
     for one in [*gathered.comparisons, *gathered.unequal]:
         print_table(one.results)

@@ -66,6 +66,8 @@ class Tokenizer:
         added = self._inner.get_added_tokens_decoder()
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self._inner.get_vocab(with_added_tokens=True).items():
+            if index >= len(sizes):
+                raise InputError(f"data.tokenizer: token {token!r} has id {index}; ids must run from 0 without a gap")
             if index in added:
                 sizes[index] = 0 if added[index].special else len(token.encode())
             elif alphabet.issuperset(token):

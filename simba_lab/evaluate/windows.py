@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from simba_lab.budget import refuse_altered
 from simba_lab.data import EvalWindows, evidence_groups, group_bounds, is_far
-from simba_lab.errors import InputError
+from simba_lab.errors import BudgetMismatch, InputError
 from simba_lab.kernels.cost import Ledger, recording
 from simba_lab.model import LanguageModel
+from simba_lab.training.guard import FiniteWatch
 
 
 @dataclass(frozen=True)
@@ -46,22 +48,26 @@ def score_windows(
     ``n_context`` reads only the newest so many context tokens. ``progress`` is told the number of windows done. The
     first batch runs once unmeasured, so that compiling kernels is not charged to the arm.
 
-    Raises InputError if the model's logits are not finite, naming the window.
+    Raises NotFinite if a score, state or logit is not finite, naming the layer and the windows; InputError for a model
+    that is compiled or altered and for a criterion that executes more than it is charged for; BudgetMismatch for an arm
+    that changes while it runs.
     """
     reach = windows.n_context if n_context is None else n_context
     if not 1 <= reach <= windows.n_context:
         raise InputError(f"n_context must lie in 1..{windows.n_context}, the context of the windows, got {reach}")
+    refuse_altered(model)
+    watch = FiniteWatch(model)
     tokens = windows.tokens[:, windows.n_context - reach :]
-    _suffix_nll(model, tokens[:batch_size], reach)
+    watch.watched(tokens[:batch_size].to(model.device), n_context=reach)
     ledger, nll, seconds = Ledger(), [], 0.0
     for first in range(0, len(tokens), batch_size):
         batch = tokens[first : first + batch_size].to(model.device)
         started = time.perf_counter()
         with recording(ledger):
-            nll.append(_suffix_nll(model, batch, reach))
+            out = watch.watched(batch, n_context=reach)
+            nll.append(_suffix_nll(out.logits, batch, reach))
         seconds += time.perf_counter() - started
-        if not np.isfinite(nll[-1]).all():
-            raise InputError(f"the model's likelihood is not finite in windows {first} to {first + len(batch) - 1}")
+        watch.check(out, f"windows {first} to {first + len(batch) - 1}")
         if progress is not None:
             progress(first + len(batch))
     per_window = {op: _exactly(flops, len(tokens), op) for op, flops in ledger.by_op().items()}
@@ -70,12 +76,12 @@ def score_windows(
 
 def _exactly(flops: int, windows: int, op: str) -> int:
     if flops % windows:
-        raise AssertionError(f"{op} did not cost the same in every window")
+        raise BudgetMismatch(f"{op} did not cost the same in every window: the schedule changed while the arm ran")
     return flops // windows
 
 
-def _suffix_nll(model: LanguageModel, tokens: Tensor, n_context: int) -> NDArray[np.float32]:
-    logits = model(tokens, n_context=n_context).logits[:, :-1].float()
+def _suffix_nll(logits: Tensor, tokens: Tensor, n_context: int) -> NDArray[np.float32]:
+    logits = logits[:, :-1].float()
     nll = F.cross_entropy(logits.flatten(0, 1), tokens[:, n_context:].flatten(), reduction="none")
     return nll.view(len(tokens), -1).cpu().numpy()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from simba_lab.errors import InputError
 from simba_lab.kernels import cost
 
 if TYPE_CHECKING:
-    from simba_lab.pruning.criteria import Criterion, ScoredShape
+    from simba_lab.pruning.criteria import Criterion, ScoredShape, Signals
 
 # Ops that move or create data but compute nothing.
 _FREE = frozenset(
@@ -84,6 +85,27 @@ def measured_flops(criterion: Criterion, shape: ScoredShape) -> int:
             first_line = str(error).strip().splitlines()[0]
             raise InputError(f"criterion {name}: its cost cannot be counted without data: {first_line}") from None
     return counter.flops
+
+
+def check_measured(criterion: Criterion, signals: Signals) -> Tensor:
+    """Scores (B, k) of real signals, what computing them executes counted on the way.
+
+    Raises InputError if that is more than the criterion is charged: a cost that was measured without data and is
+    higher with them.
+    """
+    from simba_lab.pruning.criteria import CRITERIA, checked_scores
+
+    charged = len(signals.positions) * criterion.flops(signals.shape)
+    for field in dataclasses.fields(signals):  # what is computed on demand is no work of the criterion's
+        getattr(signals, field.name)
+    with OperationCounter() as counter:
+        scores = checked_scores(criterion, signals)
+    if counter.flops > charged:
+        raise InputError(
+            f"criterion {CRITERIA.name_of(criterion)}: executed {counter.flops:,} FLOPs in layer {signals.layer}, "
+            f"but is charged {charged:,}; its cost must not depend on data, device or batch"
+        )
+    return scores
 
 
 def meta_signals(shape: ScoredShape):  # noqa: ANN201 - Signals, imported late to keep the modules acyclic

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from simba_lab.budget import Solution, check_realised, verify
+from simba_lab.budget import Solution, check_realised, seal, verify
 from simba_lab.files import clear_partial, write_json
 from simba_lab.model import LanguageModel
 from simba_lab.sweep.config import SweepConfig
@@ -100,6 +100,7 @@ class _Sweep:
         runs = [str(store.path(arm.name).relative_to(self.folder)) for arm in arms]
         self.say("comparing the arms")
         results = assemble(self.name, self.config, self.plan, stored, runs, self.measurement.windows, search)
+        seal(results, self.folder)
         write_json(self.folder / RESULTS_FILE, results)
         return self.folder / RESULTS_FILE
 

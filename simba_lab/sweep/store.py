@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -62,12 +63,17 @@ class ArmStore:
         try:
             record = json.loads((folder / ARM_FILE).read_text(encoding="utf-8"))
             nll = np.load(folder / NLL_FILE)
-        except (OSError, ValueError):
+        except (OSError, ValueError, SyntaxError, TokenError, RecursionError, MemoryError):  # np.load raises them all
             return None
-        if record.get("fingerprint") != fingerprint:
+        if not isinstance(record, dict) or record.get("fingerprint") != fingerprint:
             return None
         if record.get("nll_digest") != digest(nll):
             raise InputError(f"{folder / NLL_FILE} is not what {ARM_FILE} says it wrote; delete the folder to rerun it")
+        flops, seconds = record.get("flops_by_op"), record.get("wall_seconds")
+        if not (isinstance(flops, dict) and all(type(count) is int for count in flops.values())):
+            raise InputError(f"{folder / ARM_FILE} holds no FLOPs by op; delete the folder to rerun it")
+        if not isinstance(seconds, int | float):
+            raise InputError(f"{folder / ARM_FILE} holds no wall_seconds; delete the folder to rerun it")
         return StoredArm(nll, record)
 
     def save(self, name: str, fingerprint: str, scores: WindowScores, details: dict[str, Any]) -> StoredArm:

@@ -26,7 +26,8 @@ from simba_lab.files import clear_partial
 from simba_lab.model import LanguageModel
 from simba_lab.training.events import EventsLogger
 from simba_lab.training.folder import disk_errors, only_one
-from simba_lab.training.mistakes import check_checkpoint, check_config_files, shortened
+from simba_lab.training.guard import FiniteGuard
+from simba_lab.training.mistakes import blaming_config, check_checkpoint, check_config_files, read_yaml, shortened
 from simba_lab.training.module import LanguageModeling, PartSpec
 from simba_lab.training.progress import Throughput, progress_callback
 from simba_lab.training.record import MetricsFile, RunCheckpoint, RunRecord
@@ -91,6 +92,10 @@ class Cli(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.vocab_size", "model.model.vocab_size", apply_on="instantiate")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+
+    def instantiate_classes(self) -> None:
+        with blaming_config():
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -179,7 +184,7 @@ def _built(arguments: Sequence[str], run: bool, stopping: Stopping, held: ExitSt
         trainer_defaults={
             "enable_model_summary": False,
             "log_every_n_steps": 10,
-            "callbacks": [stopping, Throughput(), RunRecord(), progress_callback()],
+            "callbacks": [FiniteGuard(), stopping, Throughput(), RunRecord(), progress_callback()],
         },
         parser_kwargs={"prog": "simba-lab"},
         held=held,
@@ -206,13 +211,13 @@ class Experiment:
         record, config = self.folder / RUN_FILE, self.folder / CONFIG_FILE
         if not (record.is_file() and config.is_file()):
             return False
-        differing = _difference(yaml.safe_load(config.read_text(encoding="utf-8")), self.resolved)
+        differing = _difference(read_yaml(config, "experiment"), self.resolved)
         if differing:
             raise InputError(
                 f"{self.folder} holds a run with another {differing} than {self.path}; "
                 "move the folder away or change trainer.default_root_dir"
             )
-        return yaml.safe_load(record.read_text(encoding="utf-8"))["status"] == "done"
+        return read_yaml(record, "experiment").get("status") == "done"
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -230,7 +235,8 @@ def _difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:
         differing = _first_difference(section, saved.get(section), wanted.get(section))
         if differing:
             return differing
-    steps = [config.get("trainer", {}).get("max_steps") for config in (saved, wanted)]
+    trainers = [config.get("trainer") for config in (saved, wanted)]
+    steps = [trainer.get("max_steps") if isinstance(trainer, dict) else trainer for trainer in trainers]
     return None if steps[0] == steps[1] else "trainer.max_steps"
 
 

@@ -8,18 +8,23 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from simba_lab.checkpoint import load
 from simba_lab.errors import InputError
 
 UNKNOWN_OPTION = re.compile(r"(?:does not accept option|^Option) '([^']+)'")
 UNKNOWN_ARGUMENT = re.compile(r"^unrecognized arguments: --([^ =]+)")
+MOST_VALUES = 100_000
+"""In a YAML file, its aliases written out: a few lines of them can stand for billions."""
 NOT_KEYS = ("help", "config", "print_config", "print_shtab")
 
 
@@ -92,11 +97,46 @@ def read_yaml(path: Path, called: str) -> dict[str, Any]:
         raise InputError(f"{called}: {path} does not exist; its folder holds {near}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        size = _expanded(values, {})
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())[:300]}") from None
+    if size > MOST_VALUES:
+        raise InputError(f"{path}: its aliases stand for more than {MOST_VALUES:,} values; write out what is meant")
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected keys and values, got {type(values).__name__}")
     return values
+
+
+def _expanded(value: Any, known: dict[int, float]) -> float:
+    """How many values there are if every alias is written out; infinite for one that holds itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded(item, known) for item in inner)
+    return known[id(value)]
+
+
+@contextmanager
+def blaming_config() -> Iterator[None]:
+    """What building the parts of an experiment raises is about a value of its config: InputError, with the reason."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, ArithmeticError, MisconfigurationException, MemoryError) as error:
+        raise _of_config(error) from error
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise _of_config(error) from error
+
+
+def _of_config(error: Exception) -> InputError:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, InputError):
+        cause = cause.__cause__ or cause.__context__
+    reason = " ".join(str(error).split())[:300]
+    return cause or InputError(f"config: its parts cannot be built: {type(error).__name__}: {reason}")
 
 
 def check_checkpoint(ckpt_path: str | None, folder: Path, subcommand: str) -> None:
