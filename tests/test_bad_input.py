@@ -16,8 +16,8 @@ from test_checkpoint import Trap
 
 from simba_lab.pruning import KeepSchedule
 
-CRITERIA = "use one of global_impact, local_delta, norm, random, recency"
-SCHEDULES = "use one of geometric, highway_top, knots, linear, uniform"
+CRITERIA = "use one of banded_impact, global_impact, local_delta, norm, output_impact, query_impact, random, recency"
+SCHEDULES = "use one of calibrated, geometric, highway_top, knots, linear, uniform"
 RISING = f"{__name__}.Rising"
 
 

@@ -43,7 +43,8 @@ def compare(op: Callable, exact: Callable, given: dict[str, Tensor], tolerance: 
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         results.append([out, last, *torch.autograd.grad((out * weights).sum(), list(leaves.values()))])
     for name, got, truth in zip(("out", "last", *given), *results, strict=True):
-        error = float((got.double() - truth).norm() / truth.norm().clamp(min=1e-30))
+        # One token after no state has no gradient of A at all: its error is an absolute one.
+        error = float((got.double() - truth).detach().norm() / truth.norm().clamp(min=1e-3))
         assert got.shape == truth.shape and error <= tolerance, f"{name}: {error:.1e}"
 
 

@@ -101,7 +101,8 @@ class Team:
         def done(task: Task) -> bool:
             return store.load(task.label, prints[task.label]) is not None
 
-        with SweepProgress(len(arms) * len(windows), self.say) as progress:
+        total, live = len(arms) * len(windows), [(arm.name, arm.arm.flops) for arm in arms]
+        with SweepProgress(total, self.say, live, self.plan.budget.flops, self.folder) as progress:
             for task in tasks:
                 if done(task):
                     progress.skip(task.label, len(windows))

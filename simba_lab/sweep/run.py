@@ -78,7 +78,8 @@ class _Sweep:
         arms, planned = self.plan.arms, self.plan.solutions()
         names = [arm.name for arm in arms]
         study = open_arms_study(self.folder, names)
-        with SweepProgress(len(arms) * len(self.measurement.windows), self.say) as progress:
+        total, live = len(arms) * len(self.measurement.windows), [(arm.name, arm.arm.flops) for arm in arms]
+        with SweepProgress(total, self.say, live, self.plan.budget.flops, self.folder) as progress:
             stored = [self._measure(arm, study, names, progress) for arm in arms]
         return self._write(planned, stored, search)
 
