@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("simba_lab.cli.inspect", "what a pruned model drops from a text, and how information flows past it"),
     "sensitivity": ("simba_lab.cli.sensitivity", "what pruning costs by the layer at which it begins"),
     "convert": ("simba_lab.cli.convert", "a model from one format into another: run, state-spaces, transformers"),
-    "tasks": ("simba_lab.cli.tasks", "evaluation-harness tasks without a network: the six benchmarks, held-out text, recall"),
+    "tasks": ("simba_lab.cli.tasks", "benchmarks and recall as tasks of the evaluation harness, without a network"),
     "report": ("simba_lab.cli.report", "table and report.html from the results of a sweep"),
     "bench": ("simba_lab.cli.bench", "time a training step beside other implementations"),
     "doctor": ("simba_lab.cli.doctor", "what is installed, which backends work here, why others do not"),
