@@ -414,3 +414,15 @@ def arguments(seeds: Path) -> Target:
         return call(name, *given)
 
     return make
+
+
+@target
+def mixed(seeds: Path) -> Target:
+    """The short form: specs, indices, headers, arms, benches, each case one of them."""
+    names = ("model_spec", "state_spaces_config", "shard_index", "safetensors", "arm", "bench_results", "tokenizer")
+    makers = [TARGETS[name](seeds) for name in names]
+
+    def make(rng: random.Random, folder: Path) -> Case:
+        return rng.choice(makers)(rng, folder)
+
+    return make
