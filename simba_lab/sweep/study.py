@@ -40,7 +40,7 @@ class SharedStorage:
     def open(self) -> optuna.storages.RDBStorage:
         """Raises InputError for an address that is wrong or a database that does not answer."""
         from optuna.storages import RetryHeartbeatStaleTrialCallback
-        from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+        from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
         cls = _patient_storage()
         for attempt in (1, 2, 3):
@@ -54,7 +54,7 @@ class SharedStorage:
                     )  # fmt: skip
             except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, ImportError) as error:
                 raise InputError(f"--storage: {self}: {_line(error)}; give postgresql://user@host/database") from None
-            except SQLAlchemyError as error:
+            except lost_connection() as error:
                 # Hosts that start together all make the tables; all but one are refused and find them made.
                 if attempt == 3:
                     raise InputError(f"--storage: {self} does not answer: {_line(error)}") from None
