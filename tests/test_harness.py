@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -292,3 +295,108 @@ def test_other_weights_are_another_arm(run_folder: Path) -> None:
     changed.model.backbone.norm_f.weight.data[0] += math.ulp(1.0) * 2**30
     assert changed.fingerprint != one.fingerprint
     assert adapter(run_folder, max_length=1024).fingerprint != one.fingerprint
+
+
+INTERRUPTED = """
+import sys, time
+from lm_eval.api.instance import Instance
+from simba_lab.evaluate.harness import SimbaLabLM
+
+class Told:
+    def add_partial(self, *answer):
+        print("answered", flush=True)
+        time.sleep(0.2)
+
+lm = SimbaLabLM(sys.argv[1], mean_keep=0.6, device="cpu", backend="reference", batch_size=1, answers=sys.argv[2])
+lm.cache_hook = Told()
+lm.loglikelihood([Instance("", {}, (f"the lazy dog {n}", " sleeps"), 0) for n in range(40)], disable_tqdm=True)
+"""
+
+
+def test_a_killed_run_continues_from_what_it_scored(run_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, str(run_folder), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        for _ in range(5):
+            assert child.stdout.readline() == "answered\n"
+        child.kill()
+    (file,) = tmp_path.iterdir()
+    kept = file.read_bytes()
+    # As if the kill had come in the middle of a write.
+    file.write_bytes(kept[:-20])
+    known = kept[:-20].count(b"\n")
+    assert 3 < known < 39
+    requests = ask("", *[(f"the lazy dog {n}", " sleeps") for n in range(40)])
+    again = adapter(run_folder, answers=str(tmp_path), **ARMS["pruned"])
+    answers = again.loglikelihood(requests, disable_tqdm=True)
+    assert again.computed["loglikelihood"] == 40 - known
+    whole = adapter(run_folder, **ARMS["pruned"])
+    assert [nats for nats, _ in answers] == pytest.approx(
+        [nats for nats, _ in whole.loglikelihood(requests, disable_tqdm=True)], abs=1e-4
+    )
+    # What is reported does not depend on the interruption.
+    assert again.get_model_info()["simba_lab"]["requests"] == whole.get_model_info()["simba_lab"]["requests"]
+
+
+def test_kept_answers_are_of_one_arm_and_of_every_kind(run_folder: Path, tmp_path: Path) -> None:
+    options = {"until": [], "max_gen_toks": 5, "temperature": 1.0}
+    prompts = ask("", *[(context, options) for context in ("fox", "dog", "fox")])
+    texts = ask("", (TEXT,), ("",))
+    first, second, other = (
+        adapter(run_folder, answers=str(tmp_path), **ARMS[arm]) for arm in ("dense", "dense", "pruned")
+    )
+    found, again = (
+        [
+            lm.loglikelihood(ask("", *CASES), disable_tqdm=True),
+            lm.loglikelihood_rolling(texts, disable_tqdm=True),
+            lm.generate_until(prompts, disable_tqdm=True),
+        ]
+        for lm in (first, second)
+    )
+    assert found == again and found[2][0] != found[2][2]
+    assert isinstance(found[0][0], tuple)
+    assert first.computed.total() == len(CASES) + 5
+    assert (second.computed.total(), second.flops) == (0, 0)
+    other.loglikelihood(ask("", *CASES), disable_tqdm=True)
+    assert other.computed["loglikelihood"] == len(CASES)
+    with pytest.raises(InputError, match="answers: .* cannot be written: (File exists|Not a directory)"):
+        adapter(run_folder, answers=str(run_folder / "tokenizer.json")).loglikelihood(prompts[:0], disable_tqdm=True)
+
+
+def test_a_dense_model_computes_shared_beginnings_once(run_folder: Path) -> None:
+    start = TEXT * 2
+    cases = [(start + " one fox", " sleeps"), (start + " two foxes", " sleep"), (start + " three", " dream")]
+    dense, pruned = (adapter(run_folder, **ARMS[arm]) for arm in ARMS)
+    pairs = [encode_pair(dense._tokenizer, *case) for case in cases]
+    fed = [np.concatenate([pair.context, pair.continuation[:-1]]).tolist() for pair in pairs]
+    shared = min(len(os.path.commonprefix(fed[:2])), len(os.path.commonprefix(fed[1:])))
+    for lm in (dense, pruned):
+        answers = lm.loglikelihood(ask("", *cases), disable_tqdm=True)
+        for pair, (nats, _) in zip(pairs, answers, strict=True):
+            expected = one_by_one(lm.model, pair.context.tolist(), pair.continuation.tolist())
+            assert nats == pytest.approx(expected[0], abs=1e-4)
+    assert shared > 40
+    assert pruned.tokens_computed == sum(map(len, fed))
+    assert dense.tokens_computed <= sum(map(len, fed)) - 2 * shared + 4
+
+
+def test_contexts_beyond_the_training_length_are_noted_once(run_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run_folder / "config.yaml").write_text("data: {init_args: {length: 16}}", encoding="utf-8")
+    try:
+        lm = adapter(run_folder)
+    finally:
+        (run_folder / "config.yaml").unlink()
+    for _ in range(2):
+        lm.loglikelihood(ask("", (TEXT, " fox"), ("fox", " dog")), disable_tqdm=True)
+    assert caplog.text.count("the model was trained on 16 at a time") == 1
+
+
+def test_what_requests_cost_is_recorded_by_kind(run_folder: Path) -> None:
+    lm = adapter(run_folder, **ARMS["pruned"])
+    lm.loglikelihood(ask("", (TEXT, " fox"), (TEXT, " dog"), ("the fox", " sleeps under")), disable_tqdm=True)
+    record = lm.get_model_info()["simba_lab"]["requests"]["loglikelihood"]
+    lengths = [len(lm._tokenizer.encode(text)) for text in (TEXT.rstrip(), "the fox")]
+    kept = np.mean([lm.model.keep_counts(length) for length in lengths], axis=0)
+    assert record["kept_by_layer"] == pytest.approx(kept.tolist())
+    assert (record["requests"], record["contexts"]) == (3, 2)
+    assert record["flops_per_request"] == record["flops"] / 3
+    assert record["flops"] >= sum(lm.model.flops(length, 0).total for length in lengths)

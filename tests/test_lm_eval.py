@@ -6,6 +6,8 @@ import argparse
 import json
 import math
 import random
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +269,11 @@ def test_the_harness_command_line(
     ("model_args", "task", "message"),
     [
         ("mean_kep=0.5", CONTINUATION, "model_args: unknown 'mean_kep'"),
-        ("mean_keep=0.55", "simba_lab_kontinuation", "--tasks: Tasks not found: simba_lab_kontinuation"),
+        (
+            "mean_keep=0.55",
+            "simba_lab_kontinuation",
+            "--tasks: 'simba_lab_kontinuation' is unknown, near it: simba_lab_continuation",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line_take_one_line_and_exit_2(
@@ -286,3 +292,32 @@ def test_the_harness_keeps_its_own_exit_codes_and_our_arguments(capsys: pytest.C
     assert main(["lm-eval", "run", "--help"]) == 0
     assert "--model_args" in capsys.readouterr().out
     assert sys.argv == before
+
+
+@pytest.mark.usefixtures("without_stock_tasks")
+def test_a_task_that_needs_a_network_names_its_offline_twin(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    # As HF_HUB_OFFLINE=1 does, so that nobody waits for a network.
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    online = {"task": "hellaswag", "dataset_path": "Rowan/hellaswag", "test_split": "validation"}
+    (tmp_path / "hellaswag.yaml").write_text(yaml.safe_dump(online | {"doc_to_text": "x", "doc_to_target": "y"}))
+    assert main(command(tmp_path, f"checkpoint={run_folder}", "hellaswag")) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("simba-lab: error:")]
+    assert "the documents of hellaswag need the network" in line
+    assert line.endswith("without one use simba_lab_hellaswag for hellaswag")
+
+
+def test_our_entry_point_leads_the_harness_to_our_model() -> None:
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import Registry
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ((name, value),) = project["entry-points"]["lm_eval.models"].items()
+    # As versions of the harness do that look for plug-ins.
+    models = Registry("model", base_cls=LM)
+    models.register(name, target=EntryPoint(name, value, "lm_eval.models"))
+    assert (name, models.get(name)) == ("simba_lab", SimbaLabLM)
