@@ -23,7 +23,7 @@ from simba_lab.pruning import CRITERIA, PruningPlan, build_schedule
 # Cheap ones more often: seconds per case differ by a factor of a hundred.
 SOAK = {
     "arguments": 2000, "arm": 2000, "bench_results": 2000, "documents": 1500, "experiment": 1000,
-    "lightning_checkpoint": 1500, "model_spec": 1500, "results": 1500, "run_record": 1200, "safetensors": 1500,
+    "lightning_checkpoint": 1500, "model_spec": 1500, "results": 500, "run_record": 1200, "safetensors": 1500,
     "shard_index": 1500, "state_spaces_config": 1500, "sweep": 1500, "tokenizer": 800, "transformers_config": 1500,
 }  # fmt: skip
 SHORT = 200

@@ -21,7 +21,7 @@ def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
     for path in paths:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: cannot be read as the JSON of a bench: {error}") from None
         if not isinstance(content, dict) or not {"bench", "lines", "machine", "date"} <= content.keys():
             raise InputError(f"{path}: is not a result of bench kernels, prefill, train or decode with --json")
