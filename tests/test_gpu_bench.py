@@ -252,7 +252,8 @@ def test_weights_made_on_the_device_are_the_model_s_own() -> None:
 def test_prefill_holds_the_speedup_against_flops() -> None:
     case = prefill_cuda.PrefillCase("tiny", TINY, 2, 33, scoring=Target(0.02, at_most=True))
     result = session("auto").bench("prefill", [case], prefill_cuda.measure_prefill)
-    dense, pruned, scoring, choosing = result["lines"]
+    dense, pruned, seldom, scoring, choosing = result["lines"]
+    assert seldom["what"] == f"{pruned['what']}, every 4 layers" and "FLOPs promise" in seldom["note"]
     assert result["exit_code"] == 0 and [c["check"] for c in result["checks"]] == ["model, dense", "model, pruned"]
     lm = LanguageModel(TINY)
     sparse = lm.sparsified("global_impact", "linear", final_keep=0.1)

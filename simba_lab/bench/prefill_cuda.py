@@ -24,6 +24,8 @@ from simba_lab.model.shapes import published_shape
 # Two bf16 models of the same weights drift apart by rounding, layer by layer; a wrong op is off by its whole size.
 _SAME_MODEL = 5e-2
 FINAL_KEEP = 0.1
+# Layers between two cuts of the schedule that scores seldom.
+_SELDOM = 4
 
 
 @dataclass(frozen=True)
@@ -115,20 +117,15 @@ def _pruned_lines(
     case: PrefillCase, model: LanguageModel, tokens: Tensor, dense: Timing, time: Callable[[Call], Timing],
     session: Session,
 ) -> Iterator[Line]:  # fmt: skip
-    pruned = model.sparsified("global_impact", "linear", final_keep=FINAL_KEEP)
-    recent = model.sparsified("recency", "linear", final_keep=FINAL_KEEP)
-    counts = pruned.keep_counts(case.length)
+    pruned, seldom = (_linear(model, "global_impact", every) for every in (1, _SELDOM))
     impact = time(_replayed(f"{case.what}, pruned", pruned, tokens, session))
-    recency = time(_replayed(f"{case.what}, pruned by recency", recent, tokens, session))
-    slicing = time(_free_choice(model, tokens, counts))
-    promised = model.flops(case.length, 0).total / pruned.flops(case.length, 0).total
-    speedup = dense.median / impact.median
-    note = f"{speedup:.2f}x our dense, FLOPs promise {promised:.2f}x; free slicing {dense.median / slicing.median:.2f}x"
-    yield timed(
-        f"{case.what}, pruned linearly to {FINAL_KEEP:.0%} by global impact", impact,
-        _floor(case, counts, session.ceilings), figure=speedup / promised, figure_kind="promise", target=case.promise,
-        note=note,
-    )  # fmt: skip
+    recency = time(_replayed(f"{case.what}, pruned by recency", _linear(model, "recency", 1), tokens, session))
+    slicing = time(_free_choice(model, tokens, pruned.keep_counts(case.length)))
+    what = f"{case.what}, pruned linearly to {FINAL_KEEP:.0%} by global impact"
+    yield _promise_line(case, what, model, pruned, dense, impact, session, slicing)
+    rarely = time(_replayed(f"{case.what}, pruned seldom", seldom, tokens, session))
+    what += f", every {_SELDOM} layers"
+    yield _promise_line(case, what, model, seldom, dense, rarely, session, None)
     for part, without, target in (
         ("scoring", recency, case.scoring),
         ("scoring, selection and gather", slicing, case.choosing),
@@ -139,6 +136,27 @@ def _pruned_lines(
             f"{case.what}, {part}", ours=impact.median - without.median, figure=share, figure_kind="share",
             target=target, note=note,
         )  # fmt: skip
+
+
+def _linear(model: LanguageModel, criterion: str, every: int) -> LanguageModel:
+    init_args = {"final_keep": FINAL_KEEP, "every": every}
+    return model.sparsified(criterion, {"class_path": "linear", "init_args": init_args})
+
+
+def _promise_line(
+    case: PrefillCase, what: str, model: LanguageModel, pruned: LanguageModel, dense: Timing, measured: Timing,
+    session: Session, slicing: Timing | None,
+) -> Line:  # fmt: skip
+    """The speed-up over our own dense beside the one that FLOPs promise."""
+    promised = model.flops(case.length, 0).total / pruned.flops(case.length, 0).total
+    speedup = dense.median / measured.median
+    note = f"{speedup:.2f}x our dense, FLOPs promise {promised:.2f}x"
+    if slicing is not None:
+        note += f"; free slicing {dense.median / slicing.median:.2f}x"
+    return timed(
+        what, measured, _floor(case, pruned.keep_counts(case.length), session.ceilings), figure=speedup / promised,
+        figure_kind="promise", target=case.promise, note=note,
+    )  # fmt: skip
 
 
 def _sliced(model: LanguageModel, tokens: Tensor, counts: Sequence[int]) -> Tensor:
