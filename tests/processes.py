@@ -95,8 +95,8 @@ def assert_no_leftovers(folder: Path) -> None:
 def comparable(folder: Path) -> dict[str, Any]:
     """results.json without what the clock, the command line and the place on disk decide."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    for key in ("created", "command", "config", "environment", "name"):
-        results.pop(key)
+    for key in ("created", "command", "config", "environment", "name", "seal"):
+        results.pop(key, None)
     return results | {"arms": [{k: v for k, v in arm.items() if k != "wall_seconds"} for arm in results["arms"]]}
 
 
@@ -108,3 +108,12 @@ def trained(folder: Path) -> dict[str, Any]:
     same = ("status", "step", "tokens", "training_flops", "training_flops_by_op", "backend", "parameters")
     weights = (folder / "model.safetensors").read_bytes()
     return {"weights": weights, "metrics": [row for row in rows if len(row) > 1]} | {key: record[key] for key in same}
+
+
+def assert_same_fit(run: Path, calm: dict[str, Any], kills: int = 0) -> None:
+    """The run folder holds what the undisturbed fit left; a kill between a checkpoint and its row costs that row."""
+    found = trained(run)
+    rows, wanted = found.pop("metrics"), {**calm}.pop("metrics")
+    assert found == {key: value for key, value in calm.items() if key != "metrics"}
+    assert [row for row in rows if row not in wanted] == [] and len(wanted) - len(rows) in range(kills + 1)
+    assert rows[-1] == wanted[-1]

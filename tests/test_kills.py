@@ -20,7 +20,7 @@ from typing import Any
 import postgres
 import pytest
 import tiny
-from processes import Command, assert_no_leftovers, assert_whole, comparable, trained
+from processes import Command, assert_no_leftovers, assert_same_fit, assert_whole, comparable, trained
 
 from simba_lab.training.folder import only_one
 
@@ -166,7 +166,7 @@ def test_a_fit_survives_kills_and_sigterm(lab: tiny.Lab, fitted: dict[str, Any],
     assert "stopped by SIGTERM" in command.said()
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
     assert tiny.simba_lab(*arguments) == 0
-    assert trained(run) == fitted
+    assert_same_fit(run, fitted, kills=1)
     assert_no_leftovers(run)
 
 
@@ -183,7 +183,7 @@ def test_a_fit_killed_behind_its_last_step_is_completed(
         patch.setattr("simba_lab.training.record.save_model", die)
         tiny.simba_lab("fit", "--config", file)
     assert tiny.simba_lab("fit", "--config", file, "--ckpt_path", "last") == 0
-    assert trained(tmp_path / "runs" / "long") == fitted
+    assert_same_fit(tmp_path / "runs" / "long", fitted)
 
 
 def test_sigterm_ends_a_sweep_with_zero_and_it_continues(
@@ -289,7 +289,7 @@ def test_a_sweep_and_its_training_survive_thirty_kills(
 @pytest.mark.soak
 def test_a_fit_survives_twenty_kills(lab: tiny.Lab, fitted: dict[str, Any], tmp_path: Path) -> None:
     storm, run = fit_storm(lab, tmp_path, 20, longest=25.0)
-    assert trained(run) == fitted
+    assert_same_fit(run, fitted, kills=20)
     assert_no_leftovers(run)
     print(f"\nfit: {storm.counts}")
 

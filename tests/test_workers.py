@@ -24,6 +24,7 @@ import optuna
 import postgres
 import pytest
 import tiny
+from processes import comparable
 
 from simba_lab.environment import without_passwords
 from simba_lab.errors import InputError
@@ -200,14 +201,6 @@ def test_workers_divide_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     given = [dict(setting.split("=") for setting in settings) for settings in shares(3)]
     assert [worker["OMP_NUM_THREADS"] for worker in given] == ["2", "2", "2"]
     assert [worker["CUDA_VISIBLE_DEVICES"] for worker in given] == ["GPU-a", "GPU-b", "GPU-a"]
-
-
-def comparable(folder: Path) -> dict[str, Any]:
-    """results.json without what the clock, the command line and the place on disk decide."""
-    results = json.loads((folder / "results.json").read_text())
-    for key in ("created", "command", "config", "environment", "name"):
-        results.pop(key)
-    return results | {"arms": [{k: v for k, v in arm.items() if k != "wall_seconds"} for arm in results["arms"]]}
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 TASK, CLAIM, ERROR = "task", "claim", "error"
 TO_APPEAR = 60.0
+LONGEST_REASON = 300
 
 
 class TaskFailed(Exception):
@@ -157,6 +158,7 @@ class Queue:
             raise
         except Exception as error:
             reason = str(error) if isinstance(error, TaskFailed) else f"{type(error).__name__}: {error}"
+            reason = " ".join(reason.split())[:LONGEST_REASON]
             self.failed[task.key] = reason
             trial.set_user_attr(ERROR, reason)
             raise TaskFailed(reason) from error

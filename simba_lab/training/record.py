@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from simba_lab.checkpoint import TOKENIZER_FILE, save_model
 from simba_lab.environment import command_line, describe
@@ -88,11 +87,14 @@ class RunCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Saves when it is time, and when a scheduler has asked the fit to end, which then ends here."""
+        """Saves when it is time, and when a scheduler has asked the fit to end, which Lightning does behind this step.
+
+        Not before a validation, which the signal cuts short: a fit that resumed behind it would not repeat it.
+        """
         super().on_train_batch_end(trainer, pl_module, *args)
-        if trainer.global_step != trainer.max_steps and asked_to_stop(trainer):
+        batches = trainer.global_step * trainer.accumulate_grad_batches
+        if asked_to_stop(trainer) and batches % trainer.val_check_batch:
             trainer.save_checkpoint(str(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}.ckpt"))
-            raise SIGTERMException
 
 
 class RunRecord(Callback):
@@ -131,6 +133,8 @@ class RunRecord(Callback):
         """For a fit that resumed behind its last step and so did not train: the end that a killed one did not reach."""
         if not self._complete:
             _rewind(trainer)
+            # The checkpoint was written before Lightning had counted its step, at which the loggers go on.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
             self._finish(trainer, pl_module)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
