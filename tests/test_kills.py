@@ -129,6 +129,7 @@ def fit_storm(lab: tiny.Lab, folder: Path, kills: int, longest: float) -> tuple[
     return storm, run
 
 
+@pytest.mark.slow
 def test_a_sweep_survives_kills(lab: tiny.Lab, swept: dict[str, Any], tmp_path: Path) -> None:
     """A worker at its second arm, then the whole command: the arms that stood are kept, the others measured."""
     file, log, rng = lab.sweep(tmp_path / "stormy.yaml"), tmp_path / "log.txt", random.Random(3)
@@ -147,6 +148,7 @@ def test_a_sweep_survives_kills(lab: tiny.Lab, swept: dict[str, Any], tmp_path: 
     assert_no_leftovers(folder)
 
 
+@pytest.mark.slow
 def test_a_fit_survives_kills_and_sigterm(lab: tiny.Lab, fitted: dict[str, Any], tmp_path: Path) -> None:
     """kill -9 behind the first checkpoint, SIGTERM, which saves its step and ends with 0, then to the end."""
     file, run = lab.experiment(tmp_path / "long.yaml", LONG), tmp_path / "runs" / "long"
@@ -186,6 +188,7 @@ def test_a_fit_killed_behind_its_last_step_is_completed(
     assert_same_fit(tmp_path / "runs" / "long", fitted)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_sweep_with_zero_and_it_continues(
     lab: tiny.Lab, swept: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -234,6 +237,7 @@ def refused(command: Command) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_a_full_disk_takes_one_line_and_leaves_whole_files(
     lab: tiny.Lab, small_disk: tuple[Path, Callable[[], None] | None], tmp_path: Path
 ) -> None:
@@ -265,6 +269,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(
         assert "cannot write" in tiny.mistake(capsys, "sweep", "--config", sweep)
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_back_changes_nothing(lab: tiny.Lab, swept: dict[str, Any], tmp_path: Path) -> None:
     """Every reading of the time is a minute before the last one, in the sweep and in its workers."""
     (tmp_path / "clock").mkdir()

@@ -91,6 +91,7 @@ def assert_all_done_once(study: optuna.Study, count: int) -> None:
     assert study.best_value == min(value_at(i) for i in range(count)) and study.best_params == {"x": 70.0}
 
 
+@pytest.mark.slow
 def test_eight_workers_do_two_hundred_trials_once(server: postgres.Server) -> None:
     url = server.database("eight")
     processes = [join(url, COUNT) for _ in range(8)]
@@ -108,6 +109,7 @@ def slow_trial(trial: optuna.Trial, task: Task) -> float:
     return value_at(trial.suggest_float("x", 0.0, 1e6))
 
 
+@pytest.mark.slow
 def test_trials_of_killed_workers_and_cut_connections_are_run_again(server: postgres.Server) -> None:
     """Seeded kill -9 of workers, and the loss of all connections, in the middle of 80 trials."""
     url, rng = server.database("killed"), random.Random(7)
@@ -210,6 +212,7 @@ def serial(lab: tiny.Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file.with_suffix("")
 
 
+@pytest.mark.slow
 def test_two_workers_find_what_one_finds(lab: tiny.Lab, serial: Path, tmp_path: Path) -> None:
     file = lab.sweep(tmp_path / "pair.yaml")
     assert tiny.simba_lab("sweep", "--config", file, "--workers", "2") == 0
@@ -235,6 +238,7 @@ def test_two_hosts_share_one_study(lab: tiny.Lab, serial: Path, tmp_path: Path, 
     assert len(set(done)) == len(done) == len(tiny.SWEEP["arms"]) + 1
 
 
+@pytest.mark.slow
 def test_a_search_by_workers_keeps_to_its_trials_and_its_budget(lab: tiny.Lab, tmp_path: Path) -> None:
     from test_sweep import SEARCH_ONLY
 

@@ -86,11 +86,11 @@ def _patient_storage() -> type[optuna.storages.RDBStorage]:
 
 
 def lost_connection() -> tuple[type[Exception], ...]:
-    """What Optuna raises when its database does not answer."""
-    from optuna.exceptions import StorageInternalError
+    """What Optuna raises when its database does not answer, or has meanwhile given the trial to somebody else."""
+    from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
     from sqlalchemy.exc import SQLAlchemyError
 
-    return StorageInternalError, SQLAlchemyError
+    return StorageInternalError, UpdateFinishedTrialError, SQLAlchemyError
 
 
 def patiently(call: Callable[[], T], seconds: float = PATIENCE) -> T:
