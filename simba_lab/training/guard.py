@@ -20,28 +20,37 @@ from simba_lab.pruning.measure import check_measured
 
 
 class FiniteGuard(Callback):
-    """Stops a fit at the first loss that is not finite, before it has changed a weight or been saved.
+    """Stops a fit at the first loss that is not finite. Raises NotFinite.
 
-    On CUDA the loss of a step is read one step later, when it has long been computed, so that the host never waits for
-    the device; weights that are not finite are never saved there either. Raises NotFinite.
+    On the CPU that is before the loss has changed a weight. On CUDA the first bad step is noted on the device and
+    looked at where the host waits for the device anyway, every ``log_every_n_steps`` steps: looking at every loss would
+    hold back the next step's launch. Weights that are not finite are never saved.
     """
 
     def __init__(self) -> None:
         self._batch: dict[str, Tensor] | None = None
-        self._waiting: tuple[int, Tensor] | None = None
+        self._first_bad: Tensor | None = None  # () int64 on the device: a step, or -1
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch = batch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        newest = (trainer.global_step, loss.detach())
-        due, self._waiting = (self._waiting, newest) if loss.device.type == "cuda" else (newest, None)
-        if due is not None:
-            self._check(trainer, pl_module, *due)
+        loss = loss.detach()
+        if loss.device.type != "cuda":
+            good = bool(torch.isfinite(loss).all())
+            self._stop_unless(trainer, pl_module, good, trainer.global_step)
+            return
+        if self._first_bad is None:
+            self._first_bad = torch.full((), -1, dtype=torch.int64, device=loss.device)
+        bad = ~torch.isfinite(loss).all() & (self._first_bad < 0)
+        self._first_bad.masked_fill_(bad, trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._waiting is not None:
-            self._check(trainer, pl_module, *self._waiting)
+        self._look(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Before the file is written: a checkpoint that is not finite must not take the place of one that is."""
@@ -49,13 +58,18 @@ class FiniteGuard(Callback):
         if name is not None:
             self._stop(trainer, f"the weight {name} is not finite after step {trainer.global_step}")
 
-    def _check(self, trainer: Trainer, module: LightningModule, step: int, loss: Tensor) -> None:
-        good = bool(torch.isfinite(loss).all())
+    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._first_bad is not None:
+            step = int(self._first_bad)
+            self._stop_unless(trainer, module, step < 0, step)
+
+    def _stop_unless(self, trainer: Trainer, module: LightningModule, good: bool, step: int) -> None:
         if trainer.world_size > 1:  # all processes stop together, or those that go on would wait for the others
             good = trainer.strategy.reduce_boolean_decision(good, all=True)
         if not good:
             place = diagnosis(module.step.loss, self._batch)
-            self._stop(trainer, f"the loss of step {step} is {float(loss)}: {place}")
+            which = f"step {step}" if step >= 0 else "a step of another process"
+            self._stop(trainer, f"the loss of {which} is not finite: {place}")
 
     def _stop(self, trainer: Trainer, what: str) -> None:
         last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
