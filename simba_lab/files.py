@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
+_REFUSED = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENOTDIR,
+    errno.EEXIST,
+}  # fmt: skip
 # What libraries that write by themselves say of the same errors.
 _REFUSED_TEXT = re.compile(
     r"No space left on device|Read-only file system|File too large|os error (?:27|28|30|122)\b"

@@ -244,7 +244,7 @@ def test_a_full_disk_takes_one_line_and_leaves_whole_files(
     folder, limit = small_disk
     file = lab.experiment(tmp_path / "full.yaml", {"trainer.default_root_dir": str(folder / "run")})
     line = refused(Command("fit", "--config", file, log=tmp_path / "log.txt", preexec_fn=limit))
-    assert "cannot write" in line and "once there is room" in line
+    assert "cannot write" in line and "the same command continues" in line
     assert_whole(folder)
     assert_no_leftovers(folder)
     sweep = lab.sweep(tmp_path / "full-sweep.yaml", {"folder": str(folder / "sweep")})

@@ -103,4 +103,4 @@ def disk_errors() -> Iterator[None]:
         refused = refused_write(error)
         if refused is None:
             raise
-        raise NoRoom(f"cannot write: {refused}; the same command continues once there is room") from error
+        raise NoRoom(f"cannot write: {refused}; the same command continues when that is put right") from error
