@@ -73,10 +73,10 @@ class ModelConfig:
                 raise InputError(f"model.{key} must be an integer of at least 1, got {value!r}")
         if self.dt_rank is not None and (not isinstance(self.dt_rank, int) or self.dt_rank < 1):
             raise InputError(f"model.dt_rank must be an integer of at least 1 or null, got {self.dt_rank!r}")
-        if not 0 < self.dt_min <= self.dt_max:
+        if not 0 < self.dt_min <= self.dt_max < math.inf:
             raise InputError(f"model.dt_min must lie in (0, dt_max], got {self.dt_min} with dt_max {self.dt_max}")
-        if self.dt_init_floor <= 0 or self.norm_eps <= 0:
-            raise InputError("model.dt_init_floor and model.norm_eps must be above 0")
+        if not (0 < self.dt_init_floor < math.inf and 0 < self.norm_eps < math.inf):
+            raise InputError("model.dt_init_floor and model.norm_eps must be above 0 and finite")
         for key in ("tie_embeddings", "bias", "conv_bias"):
             if not isinstance(getattr(self, key), bool):
                 raise InputError(f"model.{key} must be true or false, got {getattr(self, key)!r}")
