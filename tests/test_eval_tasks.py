@@ -19,10 +19,10 @@ from simba_lab.data import Tokenizer
 from simba_lab.errors import InputError
 from simba_lab.evaluate.arguments import read_device
 from simba_lab.evaluate.arms import parse_arm
-from simba_lab.evaluate.benchmarks import NATS, NUMBER, SHARE, Cost, Metric, TaskScores, main_metric, read_metric
-from simba_lab.evaluate.benchmarks_compare import average_cell, cell, compare
-from simba_lab.evaluate.benchmarks_run import BenchmarkArm, without_bars
-from simba_lab.evaluate.benchmarks_store import ArmScores, read_results
+from simba_lab.evaluate.benchmarks.compare import average_cell, cell, compare
+from simba_lab.evaluate.benchmarks.run import BenchmarkArm, without_bars
+from simba_lab.evaluate.benchmarks.scores import NATS, NUMBER, SHARE, Cost, Metric, TaskScores, main_metric, read_metric
+from simba_lab.evaluate.benchmarks.store import ArmScores, read_results
 from simba_lab.evaluate.likelihood import score_pairs
 from simba_lab.evaluate.scoring import encode_pair
 from simba_lab.kernels.cost import Ledger, recording
@@ -248,7 +248,7 @@ def test_mistakes_are_named(
 def test_a_task_that_needs_the_network_names_its_twin(monkeypatch: pytest.MonkeyPatch, tasks: Path) -> None:
     from lm_eval.tasks import TaskManager
 
-    from simba_lab.evaluate.benchmarks_tasks import load_tasks
+    from simba_lab.evaluate.benchmarks.tasks import load_tasks
 
     def unreachable(self: Any, names: list[str]) -> None:
         raise ConnectionError(f"Couldn't reach {names[0]} on the Hub")

@@ -10,8 +10,8 @@ from typing import Any
 
 from simba_lab.cli.eval_views import print_comparison, print_differences
 from simba_lab.errors import InputError
-from simba_lab.evaluate.benchmarks_compare import compare, file_pairs
-from simba_lab.evaluate.benchmarks_store import RESULTS, ArmScores, ScoreStore, as_results, read_results
+from simba_lab.evaluate.benchmarks.compare import compare, file_pairs
+from simba_lab.evaluate.benchmarks.store import RESULTS, ArmScores, ScoreStore, as_results, read_results
 from simba_lab.files import finite, write_json
 
 HOME = Path("runs/eval")
@@ -20,13 +20,13 @@ ALL = ("0", "all")
 
 def run_tasks(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate every arm on every task, keep the results on disk, print them side by side."""
-    from simba_lab.evaluate.benchmarks_tasks import load_tasks
+    from simba_lab.evaluate.benchmarks.tasks import load_tasks
 
     limit = read_limit(args.limit)
     folder = args.out or HOME / checkpoint_name(args.checkpoint)
     arms = _arms(args, folder)
     tasks = load_tasks([name for name in args.tasks.split(",") if name])
-    from simba_lab.evaluate.benchmarks_arms import evaluate_tasks
+    from simba_lab.evaluate.benchmarks.arms import evaluate_tasks
 
     found = evaluate_tasks(arms, tasks, limit, ScoreStore(folder), lambda line: print(line, flush=True))
     results = as_results(found, _about(args, arms[0].lm.model.config, str(arms[0].lm.model.device)))
@@ -43,7 +43,7 @@ def _arms(args: argparse.Namespace, folder: Path) -> Sequence[Any]:
     from simba_lab.checkpoint import load, tokenizer_path
     from simba_lab.data import Tokenizer
     from simba_lab.evaluate.arguments import read_device
-    from simba_lab.evaluate.benchmarks_arms import read_arms
+    from simba_lab.evaluate.benchmarks.arms import read_arms
 
     device = read_device(args.device)
     model = load(args.checkpoint, dtype=args.dtype).to(device)

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from simba_lab.evaluate.benchmarks import NATS, SHARE
-from simba_lab.evaluate.benchmarks_compare import (
+from simba_lab.evaluate.benchmarks.compare import (
     AVERAGE,
     SAME,
     VERDICTS,
@@ -18,7 +17,8 @@ from simba_lab.evaluate.benchmarks_compare import (
     cell,
     columns,
 )
-from simba_lab.evaluate.benchmarks_store import ArmScores
+from simba_lab.evaluate.benchmarks.scores import NATS, SHARE
+from simba_lab.evaluate.benchmarks.store import ArmScores
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from simba_lab.evaluate.benchmarks import Cost
-from simba_lab.evaluate.benchmarks_cost import cost_of_pairs, kept_by_layer
+from simba_lab.evaluate.benchmarks.cost import cost_of_pairs, kept_by_layer
+from simba_lab.evaluate.benchmarks.scores import Cost
 from simba_lab.evaluate.scoring import Pair
 from simba_lab.model import LanguageModel
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simba_lab.errors import InputError
-from simba_lab.evaluate.benchmarks import TaskScores, read_scores
+from simba_lab.evaluate.benchmarks.scores import TaskScores, read_scores
 from simba_lab.files import finite, write_json
 
 KIND = "simba_lab benchmark results"

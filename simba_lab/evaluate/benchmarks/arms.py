@@ -10,9 +10,9 @@ from simba_lab.checkpoint import model_spec
 from simba_lab.data import Tokenizer
 from simba_lab.errors import InputError
 from simba_lab.evaluate.arms import parse_arm
-from simba_lab.evaluate.benchmarks import SHARE, TaskScores
-from simba_lab.evaluate.benchmarks_run import BenchmarkArm, PreparedTask
-from simba_lab.evaluate.benchmarks_store import ArmScores, ScoreStore
+from simba_lab.evaluate.benchmarks.run import BenchmarkArm, PreparedTask
+from simba_lab.evaluate.benchmarks.scores import SHARE, TaskScores
+from simba_lab.evaluate.benchmarks.store import ArmScores, ScoreStore
 from simba_lab.model import LanguageModel
 
 if TYPE_CHECKING:

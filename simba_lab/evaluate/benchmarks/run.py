@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from simba_lab.data import Tokenizer
 from simba_lab.errors import InputError
-from simba_lab.evaluate.benchmarks import Cost, Metric, TaskScores, main_metric, read_metric
-from simba_lab.evaluate.benchmarks_cost import cost_of_pairs, cost_of_texts, per_suffix_token
+from simba_lab.evaluate.benchmarks.cost import cost_of_pairs, cost_of_texts, per_suffix_token
+from simba_lab.evaluate.benchmarks.scores import Cost, Metric, TaskScores, main_metric, read_metric
 from simba_lab.evaluate.scoring import Pair, encode_pairs, rolling_pairs
 from simba_lab.tasks import even_samples
 

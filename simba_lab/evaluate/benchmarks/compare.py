@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from simba_lab.errors import InputError
-from simba_lab.evaluate.benchmarks import NATS, SHARE, FloatArray, Metric, TaskScores
-from simba_lab.evaluate.benchmarks_store import ArmScores
+from simba_lab.evaluate.benchmarks.scores import NATS, SHARE, FloatArray, Metric, TaskScores
+from simba_lab.evaluate.benchmarks.store import ArmScores
 from simba_lab.evaluate.conclusion import separable
 from simba_lab.evaluate.statistics import Comparison, Interval, holm, mean_interval, paired_comparison
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from simba_lab.evaluate.benchmarks import Cost
+from simba_lab.evaluate.benchmarks.scores import Cost
 from simba_lab.evaluate.scoring import Pair
 from simba_lab.model import LanguageModel
 

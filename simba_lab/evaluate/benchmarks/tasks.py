@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simba_lab.errors import InputError
-from simba_lab.evaluate.benchmarks_run import without_bars
+from simba_lab.evaluate.benchmarks.run import without_bars
 from simba_lab.tasks import DEFAULT_FOLDER, PAPER6, ensure_paper6, offline_manager, offline_twin
 
 if TYPE_CHECKING:

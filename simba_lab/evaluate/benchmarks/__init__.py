@@ -1,0 +1,1 @@
+"""Arms side by side on tasks of the evaluation harness, paired document by document."""
