@@ -113,9 +113,12 @@ def slow_trial(trial: optuna.Trial, task: Task) -> float:
 def test_trials_of_killed_workers_and_cut_connections_are_run_again(server: postgres.Server) -> None:
     """Seeded kill -9 of workers, and the loss of all connections, in the middle of 80 trials."""
     url, rng = server.database("killed"), random.Random(7)
+    named_study(SharedStorage(url).open(), "shared")
     processes = [join(url, 80, slow_trial) for _ in range(4)]
-    for event in ("kill", "cut", "kill", "cut", "kill"):
-        time.sleep(rng.uniform(0.3, 1.2))
+    for number, event in enumerate(("kill", "cut", "kill", "cut", "kill")):
+        while server.sql("killed", "SELECT count(*) FROM trials WHERE state = 'COMPLETE'")[0][0] < 10 * number + 4:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 0.3))
         if event == "cut":
             assert server.cut_connections("killed") > 0
             continue
