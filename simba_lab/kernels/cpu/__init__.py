@@ -12,11 +12,11 @@ from torch import Tensor
 from simba_lab.kernels.cpu.dense import add_rms_norm as add_rms_norm
 from simba_lab.kernels.cpu.dense import linear as linear
 from simba_lab.kernels.cpu.dense import use_torch_threads
+from simba_lab.kernels.cpu.gather import keep_tokens as keep_tokens
 from simba_lab.kernels.cpu.mamba2 import gated_rms_norm as gated_rms_norm
 from simba_lab.kernels.cpu.mamba2 import ssd as ssd
 from simba_lab.kernels.cpu.mamba2 import ssd_impact as ssd_impact
 from simba_lab.kernels.reference import cross_entropy as cross_entropy
-from simba_lab.kernels.reference import keep_tokens as keep_tokens
 from simba_lab.kernels.reference import select_tokens as select_tokens
 
 _COMPUTE = {torch.float32: torch.float32, torch.float64: torch.float64}
@@ -202,15 +202,16 @@ def _impact(
 
     use_torch_threads()
     batch, length, channels = x.shape
-    partial = x.new_empty(batch, -(-channels // impact.WIDTH), length)
+    groups = -(-channels // (impact.GROUP * impact.WIDTH))
+    lanes = x.new_full((batch, groups, length, impact.WIDTH), -torch.inf if reduce == "max" else 0)
     (x_, dt_, B_), strides = _flat(x, dt, B)
-    array = partial.numpy()
+    array = lanes.numpy()
     vanished = array.dtype.type(np.finfo(array.dtype).minexp)
     code = {"max": impact.MAX, "absmax": impact.ABSMAX, "l2": impact.L2}[reduce]
     impact.scores(
         x_, dt_, _array(dt_bias), _array(A), B_, _array(C_boundary), _array(gate), strides, code, vanished, array
     )
-    return partial.sum(1).sqrt() if reduce == "l2" else partial.amax(1)
+    return lanes.sum((1, 3)).sqrt() if reduce == "l2" else lanes.amax((1, 3))
 
 
 @_impact.register_fake

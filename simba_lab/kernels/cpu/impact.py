@@ -3,6 +3,9 @@
 Walks from the boundary to the first token with the running sum of steps, so that neither (L, D, N) nor (L, D) is ever
 stored. Once every decay of one state in a block of channels is 0 in fp32 it stays 0 for all earlier tokens, and that
 state is left out: far from the boundary most of them are.
+
+LLVM makes no vector instructions of a maximum over a row, nor of loops that touch many arrays. So blocks of channels
+are folded onto each other lane by lane, torch reduces the ``WIDTH`` lanes that remain, and loops here are small.
 """
 
 from __future__ import annotations
@@ -10,51 +13,39 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from simba_lab.kernels.cpu.blocks import WIDTH, copy, load_channels, load_rates, row, zeros
 from simba_lab.kernels.cpu.elementary import FAST, exp2, softplus
 
-WIDTH = 64
+GROUP = 2
+"""Blocks of channels folded onto each other by one job."""
+PAUSE = 64
+"""Tokens between two looks for states that have vanished."""
 MAX, ABSMAX, L2 = 0, 1, 2
-LOG2E = 1.4426950408889634
 
 _compile = numba.njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
 _inner = numba.njit(fastmath=FAST, error_model="numpy")
 
 
-@numba.njit(fastmath=True, error_model="numpy")  # without regard for NaN a maximum is a vector instruction
-def _largest(values):
-    best = values[0]
-    for d in range(values.size):
-        best = values[d] if values[d] > best else best
-    return best
+@_inner
+def _step_and_input(dt_t, bias_block, x_t, gate_block, one, delta_t, u_t):
+    """Step size of one token and its product with x and the channel's weight."""
+    for d in range(WIDTH):
+        delta = softplus(dt_t[d] + bias_block[d], one)
+        delta_t[d] = delta
+        u_t[d] = delta * x_t[d] * gate_block[d]
 
 
 @_inner
-def _reduced(impact, reduce):
-    """Maximum, maximum of |.| (taken in place) or sum of squares over the channels of a block; a NaN stays one."""
-    total = impact[0] - impact[0]
-    if reduce == L2:
-        for d in range(impact.size):
-            total += impact[d] * impact[d]
-        return total
-    for d in range(impact.size):
-        total += impact[d]
-    if total != total:
-        return total
-    if reduce == ABSMAX:
-        for d in range(impact.size):
-            impact[d] = abs(impact[d])
-    return _largest(impact)
-
-
-@_inner
-def _weigh(alive, count, B_row, C_row, weights):
+def _weigh(alive, count, B_t, C_i, weights):
     for m in range(count):
-        weights[m] = B_row[alive[m]] * C_row[alive[m]]
+        weights[m] = B_t[alive[m]] * C_i[alive[m]]
 
 
 @_inner
 def _sum_states(rates, weights, count, later, total):
     """``total`` (WIDTH,): the decays of one token, weighted and added over the states."""
+    for d in range(WIDTH):
+        total[d] = 0
     for m in range(count):
         weight, rates_m = weights[m], rates[m]
         for d in range(WIDTH):
@@ -62,32 +53,41 @@ def _sum_states(rates, weights, count, later, total):
 
 
 @_inner
-def _impacts(total, delta_t, x_t, later, impact):
-    """Impact of one token, per channel of the block; ``later`` moves on."""
+def _impacts(total, delta_t, u_t, later):
+    """In place of ``total`` the impact of one token, per channel of the block; ``later`` moves on."""
     for d in range(WIDTH):
-        impact[d] = total[d] * delta_t[d] * x_t[d]
+        total[d] *= u_t[d]
     for d in range(WIDTH):
         later[d] += delta_t[d]
 
 
 @_inner
-def _load_token(x_row, gate_row, dt_row, bias_row, one, x_t, delta_t):
-    """Two loops: LLVM makes vector instructions only of loops that touch few arrays (see scan.py)."""
-    for d in range(x_row.size):
-        x_t[d] = x_row[d] * gate_row[d]
-    for d in range(dt_row.size):
-        delta_t[d] = softplus(dt_row[d] + bias_row[d], one)
+def _fold(impact, reduce, lanes):
+    """Maximum, maximum of |.| or sum of squares with what the lanes hold; a NaN on either side stays one."""
+    if reduce == L2:
+        for d in range(impact.size):
+            lanes[d] += impact[d] * impact[d]
+    elif reduce == ABSMAX:
+        for d in range(impact.size):
+            value, best = abs(impact[d]), lanes[d]
+            lanes[d] = best if best > value or best != best else value
+    else:
+        for d in range(impact.size):
+            value, best = impact[d], lanes[d]
+            lanes[d] = best if best > value or best != best else value
 
 
 @_inner
-def _leave_out_vanished(alive, count, rates, later, exponent, used, vanished):
+def _leave_out_vanished(alive, count, rates, later, used, vanished):
     """Number of states that remain, moved to the front; one whose decays are all 0 stays so for earlier tokens."""
     remaining = 0
     for m in range(count):
         rates_m, target = rates[m], rates[remaining]
+        largest = later[0] * rates_m[0]
         for d in range(used):
-            exponent[d] = later[d] * rates_m[d]
-        if _largest(exponent[:used]) > vanished:
+            exponent = later[d] * rates_m[d]
+            largest = largest if largest > exponent else exponent
+        if not largest <= vanished:
             for d in range(WIDTH):
                 target[d] = rates_m[d]
             alive[remaining] = alive[m]
@@ -96,44 +96,39 @@ def _leave_out_vanished(alive, count, rates, later, exponent, used, vanished):
 
 
 @_inner
-def _score_job(x, dt, dt_bias, A, B, C_boundary, gate, strides, reduce, vanished, partial, i, block):
-    (channels, states), length, dtype = A.shape, partial.shape[2], partial.dtype
+def _score_block(x, dt, dt_bias, A, B, C_boundary, gate, strides, reduce, vanished, i, block, lanes):
+    (channels, states), length, dtype = A.shape, lanes.shape[0], lanes.dtype
     first = block * WIDTH
     used = min(WIDTH, channels - first)
     one = dtype.type(1)
-    rates, weights = np.zeros((states, WIDTH), dtype), np.zeros(states, dtype)
+    rates, weights = load_rates(A, first, used, dtype), np.zeros(states, dtype)
     alive, count = np.arange(states), states
-    later, total, impact = np.zeros(WIDTH, dtype), np.zeros(WIDTH, dtype), np.zeros(WIDTH, dtype)
-    x_t, delta_t, exponent = np.zeros(WIDTH, dtype), np.zeros(WIDTH, dtype), np.zeros(WIDTH, dtype)
-    for d in range(used):
-        for n in range(states):
-            rates[n, d] = A[first + d, n] * LOG2E  # decays are powers of two
-    gate_row, bias_row, C_row = gate[i, first : first + used], dt_bias[first : first + used], C_boundary[i]
+    bias_block, gate_block = load_channels(dt_bias, first, used, dtype), load_channels(gate[i], first, used, dtype)
+    rows = zeros(6, dtype)
+    x_t, dt_t, delta_t, u_t, later, total = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
     for t in range(length - 1, -1, -1):
-        x_at = i * strides[0, 0] + t * strides[0, 1] + first
-        dt_at = i * strides[1, 0] + t * strides[1, 1] + first
-        B_at = i * strides[2, 0] + t * strides[2, 1]
-        # Rows are indexed from 0, so that the compiler can tell that no index is negative.
-        x_row, dt_row, B_row = x[x_at : x_at + used], dt[dt_at : dt_at + used], B[B_at : B_at + states]
-        _load_token(x_row, gate_row, dt_row, bias_row, one, x_t, delta_t)
-        _weigh(alive, count, B_row, C_row, weights)
-        total[:] = 0
+        copy(row(x, strides[0], i, t, first, used), x_t)
+        copy(row(dt, strides[1], i, t, first, used), dt_t)
+        _step_and_input(dt_t, bias_block, x_t, gate_block, one, delta_t, u_t)
+        _weigh(alive, count, row(B, strides[2], i, t, 0, states), C_boundary[i], weights)
         _sum_states(rates, weights, count, later, total)
-        _impacts(total, delta_t, x_t, later, impact)
-        partial[i, block, t] = _reduced(impact[:used], reduce)
-        if t % 16 == 0:
-            count = _leave_out_vanished(alive, count, rates, later, exponent, used, vanished)
+        _impacts(total, delta_t, u_t, later)
+        _fold(total[:used], reduce, lanes[t])
+        if t % PAUSE == 0:
+            count = _leave_out_vanished(alive, count, rates, later, used, vanished)
 
 
 @_compile
-def scores(x, dt, dt_bias, A, B, C_boundary, gate, strides, reduce, vanished, partial):
-    """``partial`` (B, blocks, L): per block of channels the maximum, maximum of |.|, or sum of squares.
+def scores(x, dt, dt_bias, A, B, C_boundary, gate, strides, reduce, vanished, lanes):
+    """``lanes`` (B, jobs, L, WIDTH): maximum, maximum of |.| or sum of squares over every WIDTH-th channel of a group.
 
     ``strides[i]`` holds (batch, token) of x, dt, B; C_boundary (B, N); gate (B, D). ``vanished`` is the power of two
-    below which a decay is 0 in this dtype.
+    below which a decay is 0 in this dtype. The lanes come filled with what an empty reduction gives.
     """
-    blocks = partial.shape[1]
-    for job in numba.prange(partial.shape[0] * blocks):
-        _score_job(
-            x, dt, dt_bias, A, B, C_boundary, gate, strides, reduce, vanished, partial, job // blocks, job % blocks
-        )  # fmt: skip
+    groups, blocks = lanes.shape[1], (A.shape[0] + WIDTH - 1) // WIDTH
+    for job in numba.prange(lanes.shape[0] * groups):
+        i, group = job // groups, job % groups
+        for block in range(group * GROUP, min(blocks, (group + 1) * GROUP)):
+            _score_block(
+                x, dt, dt_bias, A, B, C_boundary, gate, strides, reduce, vanished, i, block, lanes[i, group]
+            )  # fmt: skip

@@ -20,60 +20,15 @@ Inputs come as flat views with the strides of batch and token, so slices of a pr
 from __future__ import annotations
 
 import numba
-import numpy as np
 
+from simba_lab.kernels.cpu.blocks import WIDTH, copy, load_channels, load_rates, row, zeros
 from simba_lab.kernels.cpu.elementary import FAST, exp2, sigmoid, softplus
 
-WIDTH = 64
 CHUNK = 32
-LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
+LN2 = 0.6931471805599453
 
 _compile = numba.njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
 _inner = numba.njit(fastmath=FAST, error_model="numpy")
-
-
-@_inner
-def _zeros(rows, dtype):
-    """Zeros (rows, WIDTH) that start with a cache line: vectors that straddle two lines take half as long again."""
-    size = rows * WIDTH
-    memory = np.zeros(size + 64, dtype)
-    skip = (-memory.ctypes.data % 64) // memory.itemsize
-    return memory[skip : skip + size].reshape(rows, WIDTH)
-
-
-@_inner
-def _load_rates(A, first, used, dtype):
-    """A (N, WIDTH) of a block of channels times log2(e): decays are powers of two."""
-    rates = _zeros(A.shape[1], dtype)
-    for d in range(used):
-        for n in range(A.shape[1]):
-            rates[n, d] = A[first + d, n] * LOG2E
-    return rates
-
-
-@_inner
-def _load_channels(values, first, used, dtype):
-    block = _zeros(1, dtype)[0]
-    block[:used] = values[first : first + used]
-    return block
-
-
-@_inner
-def _row(flat, strides, i, t, first, used):
-    """``used`` entries from ``first`` on of token t of sequence i.
-
-    Loops index rows from 0, which the compiler knows to be in range; an index it cannot tell from a negative one,
-    which Python counts from the end, would keep it from using vector instructions.
-    """
-    at = i * strides[0] + t * strides[1] + first
-    return flat[at : at + used]
-
-
-@_inner
-def _copy(source, target):
-    """The channels of ``source``, which may be fewer than the target's."""
-    for d in range(source.size):
-        target[d] = source[d]
 
 
 @_inner
@@ -115,10 +70,10 @@ def _forward_job(x, dt, dt_bias, A, B, C, D, z, strides, initial, out, final, st
     first = block * WIDTH
     used = min(WIDTH, channels - first)
     one = dtype.type(1)
-    rates = _load_rates(A, first, used, dtype)
-    D_block, bias_block = _load_channels(D, first, used, dtype), _load_channels(dt_bias, first, used, dtype)
-    h = _zeros(states, dtype)
-    rows = _zeros(6, dtype)
+    rates = load_rates(A, first, used, dtype)
+    D_block, bias_block = load_channels(D, first, used, dtype), load_channels(dt_bias, first, used, dtype)
+    h = zeros(states, dtype)
+    rows = zeros(6, dtype)
     x_t, dt_t, z_t, delta_t, u_t, y_t = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
     for d in range(used):
         for n in range(states):
@@ -126,15 +81,15 @@ def _forward_job(x, dt, dt_bias, A, B, C, D, z, strides, initial, out, final, st
     for t in range(length):
         if starts.shape[1] > 0 and t % CHUNK == 0:
             starts[i, t // CHUNK, block] = h
-        _copy(_row(x, strides[0], i, t, first, used), x_t)
-        _copy(_row(dt, strides[1], i, t, first, used), dt_t)
-        _copy(_row(z, strides[4], i, t, first, used), z_t)
+        copy(row(x, strides[0], i, t, first, used), x_t)
+        copy(row(dt, strides[1], i, t, first, used), dt_t)
+        copy(row(z, strides[4], i, t, first, used), z_t)
         _step_and_input(dt_t, bias_block, x_t, one, delta_t, u_t)
         _skip(x_t, D_block, y_t)
-        B_t, C_t = _row(B, strides[2], i, t, 0, states), _row(C, strides[3], i, t, 0, states)
+        B_t, C_t = row(B, strides[2], i, t, 0, states), row(C, strides[3], i, t, 0, states)
         _advance(h, rates, delta_t, u_t, B_t, C_t, y_t)
         _gate(z_t, one, y_t)
-        _copy(y_t[:used], out[i, t, first : first + used])
+        copy(y_t[:used], out[i, t, first : first + used])
     for d in range(used):
         for n in range(states):
             final[i, first + d, n] = h[n, d]
@@ -157,13 +112,13 @@ def forward(x, dt, dt_bias, A, B, C, D, z, strides, initial, out, final, starts)
 def _load_tokens(flat, strides, i, t0, steps, first, used, rows):
     """Channels of a block, ``steps`` tokens from t0 on, into the first lanes of ``rows`` (CHUNK, WIDTH)."""
     for k in range(steps):
-        _copy(_row(flat, strides, i, t0 + k, first, used), rows[k])
+        copy(row(flat, strides, i, t0 + k, first, used), rows[k])
 
 
 @_inner
 def _store_tokens(rows, out, i, t0, steps, first, used):
     for k in range(steps):
-        _copy(rows[k, :used], out[i, t0 + k, first : first + used])
+        copy(rows[k, :used], out[i, t0 + k, first : first + used])
 
 
 @_inner
@@ -278,16 +233,16 @@ def _backward_job(
     first = block * WIDTH
     used = min(WIDTH, channels - first)
     zero, one, ln2 = dtype.type(0), dtype.type(1), dtype.type(LN2)
-    rates = _load_rates(A, first, used, dtype)
-    D_block, bias_block = _load_channels(D, first, used, dtype), _load_channels(dt_bias, first, used, dtype)
-    dA_block, dD_block = _zeros(states, dtype), _zeros(1, dtype)[0]
-    g = _zeros(states, dtype)
-    decay = _zeros(CHUNK * states, dtype).reshape(CHUNK, states, WIDTH)
-    h = _zeros((CHUNK + 1) * states, dtype).reshape(CHUNK + 1, states, WIDTH)
-    x_c, dt_c, z_c = _zeros(CHUNK, dtype), _zeros(CHUNK, dtype), _zeros(CHUNK, dtype)
-    delta_c, u_c = _zeros(CHUNK, dtype), _zeros(CHUNK, dtype)
-    y_c, dout_c = _zeros(CHUNK, dtype), _zeros(CHUNK, dtype)
-    dy_c, du_c, dlog_c = _zeros(CHUNK, dtype), _zeros(CHUNK, dtype), _zeros(CHUNK, dtype)
+    rates = load_rates(A, first, used, dtype)
+    D_block, bias_block = load_channels(D, first, used, dtype), load_channels(dt_bias, first, used, dtype)
+    dA_block, dD_block = zeros(states, dtype), zeros(1, dtype)[0]
+    g = zeros(states, dtype)
+    decay = zeros(CHUNK * states, dtype).reshape(CHUNK, states, WIDTH)
+    h = zeros((CHUNK + 1) * states, dtype).reshape(CHUNK + 1, states, WIDTH)
+    x_c, dt_c, z_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
+    delta_c, u_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype)
+    y_c, dout_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype)
+    dy_c, du_c, dlog_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
     for d in range(used):
         for n in range(states):
             g[n, d] = dfinal[i, first + d, n]
@@ -301,14 +256,14 @@ def _backward_job(
         _load_tokens(dout, strides[5], i, t0, steps, first, used, dout_c)
         _prepare(dt_c, bias_block, x_c, D_block, steps, one, delta_c, u_c, y_c)
         for k in range(steps):
-            B_t, C_t = _row(B, strides[2], i, t0 + k, 0, states), _row(C, strides[3], i, t0 + k, 0, states)
+            B_t, C_t = row(B, strides[2], i, t0 + k, 0, states), row(C, strides[3], i, t0 + k, 0, states)
             _decays(rates, delta_c[k], decay[k])
             _replay(decay[k], h[k], h[k + 1], u_c[k], B_t, C_t, y_c[k])
         _gate_backward(z_c, dout_c, y_c, steps, one, dy_c)
         du_c[:] = 0
         dlog_c[:] = 0
         for k in range(steps - 1, -1, -1):
-            B_t, C_t = _row(B, strides[2], i, t0 + k, 0, states), _row(C, strides[3], i, t0 + k, 0, states)
+            B_t, C_t = row(B, strides[2], i, t0 + k, 0, states), row(C, strides[3], i, t0 + k, 0, states)
             _retreat(g, decay[k], u_c[k], B_t, C_t, dy_c[k], du_c[k], dB[i, block, t0 + k])
             _decay_gradients(g, h[k], h[k + 1], rates, dy_c[k], zero, dlog_c[k], dC[i, block, t0 + k])
             _rate_gradients(g, h[k], delta_c[k], dA_block)
