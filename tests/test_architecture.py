@@ -48,7 +48,7 @@ HEAVY = ("triton", "mamba_ssm", "causal_conv1d", "numba", "lm_eval", "datasets",
 # Kernels written in Numba's language and the subclass of the harness's model: they cannot do without, so nobody may
 # import them before they are used.
 CPU = ROOT / "kernels" / "cpu"
-NUMBA_KERNELS = {*CPU.glob("*.py")} - {CPU / "__init__.py", CPU / "dense.py", CPU / "mamba2.py"}
+NUMBA_KERNELS = {*CPU.glob("*.py")} - {CPU / f"{name}.py" for name in ("__init__", "dense", "gather", "mamba2")}
 TRITON_KERNELS = {*(ROOT / "kernels" / "gpu").glob("*.py")}
 BOUND = NUMBA_KERNELS | TRITON_KERNELS | {ROOT / "evaluate" / "harness.py"}
 MAX_LINES = 400

@@ -366,6 +366,45 @@ def test_a_nan_in_one_channel_is_a_nan_score(compiled) -> None:
             assert impact_of(backend, s, reduce=reduce).isnan().tolist() == [[False, False, True, False, False]]
 
 
+@pytest.mark.parametrize("channels", [5, 70, 300])
+def test_an_impact_may_be_negative_in_every_channel(compiled, nan_memory, channels: int) -> None:
+    """Lanes that no channel fills must not win, and the winner may stand in any block of channels."""
+    s = inputs(2, 9, channels, dtype=torch.float32)
+    s |= {"x": -s["x"].abs(), "B": s["B"].abs(), "C": s["C"].abs()}
+    for reduce in ("max", "absmax", "l2"):
+        exact = impact_of(reference, {name: value.double() for name, value in s.items()}, reduce=reduce)
+        assert (exact < 0).all() == (reduce == "max")
+        torch.testing.assert_close(impact_of(cpu, s, reduce=reduce).double(), exact, rtol=1e-5, atol=0)
+
+
+# Tokens that go on
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 40])
+def test_selected_tokens_are_those_of_a_sort(length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    values = torch.tensor([0.0, -0.0, 1.0, 2.0, torch.nan, torch.inf, -torch.inf])
+    positions = torch.arange(length).mul(3).expand(2, length)
+    for k, protected, _ in itertools.product(range(1, length + 1), range(1, 4), range(4)):
+        scores = values[torch.randint(len(values), (2, length), generator=generator)]
+        given = (scores, k, min(k, protected), positions)
+        for mine, sorted_ in zip(cpu.select_tokens(*given), reference.select_tokens(*given), strict=True):
+            assert torch.equal(mine, sorted_), given
+
+
+def test_kept_tokens_bring_their_rows_and_gradients() -> None:
+    hidden, residual = torch.randn(2, 3, 9, 5, generator=torch.Generator().manual_seed(0)).unbind()
+    residual = residual.double().mT.contiguous().mT
+    chosen = torch.tensor([[0, 3, 6], [1, 2, 6], [4, 5, 6]])
+    results = []
+    for backend in (cpu, reference):
+        streams = [stream.detach().requires_grad_() for stream in (hidden, residual)]
+        kept = backend.keep_tokens(*streams, chosen, 7)
+        assert [t.shape for t in kept] == [(3, 5, 5)] * 2
+        results.append([*kept, *torch.autograd.grad(sum(t.square().sum() for t in kept), streams)])
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*results, strict=True))
+
+
 # Choosing a backend
 
 

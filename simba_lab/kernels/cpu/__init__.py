@@ -13,11 +13,11 @@ from simba_lab.kernels.cpu.dense import add_rms_norm as add_rms_norm
 from simba_lab.kernels.cpu.dense import linear as linear
 from simba_lab.kernels.cpu.dense import use_torch_threads
 from simba_lab.kernels.cpu.gather import keep_tokens as keep_tokens
+from simba_lab.kernels.cpu.gather import select_tokens as select_tokens
 from simba_lab.kernels.cpu.mamba2 import gated_rms_norm as gated_rms_norm
 from simba_lab.kernels.cpu.mamba2 import ssd as ssd
 from simba_lab.kernels.cpu.mamba2 import ssd_impact as ssd_impact
 from simba_lab.kernels.reference import cross_entropy as cross_entropy
-from simba_lab.kernels.reference import select_tokens as select_tokens
 
 _COMPUTE = {torch.float32: torch.float32, torch.float64: torch.float64}
 

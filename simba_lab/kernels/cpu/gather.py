@@ -1,9 +1,27 @@
-"""Moving the tokens that go on to the next layer, on CPUs: whole rows at a time, not number by number."""
+"""Choosing the tokens that go on to the next layer, and moving them, on CPUs: no full sort, whole rows at a time."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from simba_lab.kernels import reference
+
+
+def select_tokens(scores: Tensor, k: int, protected: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See :func:`simba_lab.kernels.reference.select_tokens`.
+
+    The k-th highest score is a threshold; of the tokens that equal it the latest fill what those above leave free.
+    """
+    if scores.is_meta:  # where nothing can be counted
+        return reference.select_tokens(scores, k, protected, positions)
+    ranked = reference.protected_scores(scores, protected)
+    threshold = ranked.kthvalue(ranked.shape[1] - k + 1, dim=1, keepdim=True).values
+    above, equal = ranked > threshold, ranked == threshold
+    free = k - above.sum(1, keepdim=True)
+    later = equal.sum(1, keepdim=True) - equal.cumsum(1)  # equals that come later
+    chosen = (above | (equal & (later < free))).nonzero()[:, 1].view(-1, k)
+    return chosen, chosen if positions is None else positions.gather(1, chosen)
 
 
 def keep_tokens(hidden: Tensor, residual: Tensor, chosen: Tensor, present: int) -> tuple[Tensor, Tensor]:
