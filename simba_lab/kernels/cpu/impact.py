@@ -1,8 +1,7 @@
 """Global impact of every token on the boundary, for CPUs, compiled by Numba (Simba; design page, section 3).
 
-Walks from the boundary to the first token with the running sum of steps, so that neither (L, D, N) nor (L, D) is ever
-stored. Once every decay of one state in a block of channels is 0 in fp32 it stays 0 for all earlier tokens, and that
-state is left out: far from the boundary most of them are.
+Walks from the boundary to the first token with the running sum of steps, so that (L, D, N) is never stored. Once every
+decay of one state in a block of channels is 0 in fp32 it stays 0 for all earlier tokens, and that state is left out.
 
 LLVM makes no vector instructions of a maximum over a row, nor of loops that touch many arrays. So blocks of channels
 are folded onto each other lane by lane, torch reduces the ``WIDTH`` lanes that remain, and loops here are small.

@@ -8,13 +8,10 @@ are fused: nothing of size (length, channels) is written but the output.
 The forward pass goes token by token and keeps the state at the start of every ``CHUNK`` tokens; the backward pass
 recomputes one chunk at a time from it. What does not touch the state is then faster done for a whole chunk.
 
-LLVM makes vector instructions of a loop only if at most eight comparisons of addresses show that the arrays it writes
-overlap no other. So loops here touch few arrays each, and rows of inputs and outputs are copied by loops of their own.
+Loops touch few arrays each, for the reason that :mod:`simba_lab.kernels.cpu.blocks` gives.
 
 Sums that cross jobs (A, B, C, D, bias) are written per job and added in a fixed order: results do not depend on the
 number of threads.
-
-Inputs come as flat views with the strides of batch and token, so slices of a projection need no copy.
 """
 
 from __future__ import annotations
