@@ -227,7 +227,7 @@ def test_two_workers_find_what_one_finds(lab: tiny.Lab, serial: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_two_hosts_share_one_study(lab: tiny.Lab, serial: Path, tmp_path: Path, server: postgres.Server) -> None:
-    """Two commands at once, each with its own process tree, on one database and one folder; a search among the arms."""
+    """Two commands at once, each with its own process tree, on one database and one folder."""
     file, url = lab.sweep(tmp_path / "hosts.yaml"), server.database("hosts")
     command = [sys.executable, "-m", "simba_lab", "sweep", "--config", str(file), "--storage", url, "--heartbeat", "2"]
     hosts = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
