@@ -22,6 +22,12 @@ from simba_lab.report.importance import search_shares
 from simba_lab.report.provenance import reproduction
 
 
+@pytest.fixture(autouse=True)
+def made_up_folders_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their arms hold no likelihoods to check the results against; tests/test_tampering.py checks those of real ones."""
+    monkeypatch.setattr("simba_lab.budget.check_evidence", lambda path, results: False)
+
+
 def sweep(path: Path, change: Callable[[dict[str, Any]], None] = lambda results: None) -> Path:
     """A sweep's folder of four arms: small-dense, short-context, dense, uniform/global_impact."""
     results = made_results.example()

@@ -380,6 +380,7 @@ def test_every_field_of_the_text_data_has_an_effect(tmp_path: Path) -> None:
     changes = {
         "source": str(other), "text_field": "upper", "validation_source": str(other), "test_source": str(other),
         "validation_share": 0.3, "test_share": 0.4, "tokenizer": "bytes", "vocab_size": 310, "length": 60,
+        "recall_share": 0.3,
         "batch_size": 3, "validation_windows": 2, "test_windows": 2, "seed": 1, "cache_dir": str(tmp_path / "other"),
     }  # fmt: skip
     plain = outcome(settings)
@@ -387,7 +388,9 @@ def test_every_field_of_the_text_data_has_an_effect(tmp_path: Path) -> None:
     assert [key for key, value in changes.items() if outcome(settings | {key: value}) == plain] == []
     assert TextData(**settings, num_workers=2).train_dataloader().num_workers == 2
     fields = TextData.__init__.__annotations__.keys() - {"return"}
-    assert fields == {*changes, "num_workers"}
+    woven = settings | {"recall_share": 0.3}
+    assert outcome(woven) != outcome(woven | {"recall_reach": 100})
+    assert fields == {*changes, "recall_reach", "num_workers"}
 
 
 @pytest.mark.parametrize("task", [{"task": "mqar"}, {"task": "needle", "distance": [14, 20]}], ids=["mqar", "needle"])

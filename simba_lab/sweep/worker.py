@@ -77,7 +77,7 @@ def _reply(answers: IO[str], worker: Worker | None, about: dict[str, Any], task:
     except InputError as error:
         reply = {"error": str(error), "disk": isinstance(error, NoRoom)}
     except Exception as error:
-        reply = {"error": f"{type(error).__name__}: {error}", "disk": False}
+        reply = {"error": f"{type(error).__name__}: {error}".rstrip(": "), "disk": False}
     print(json.dumps(reply), file=answers, flush=True)
     return worker
 
