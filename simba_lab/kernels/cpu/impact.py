@@ -17,8 +17,8 @@ from simba_lab.kernels.cpu.elementary import FAST, exp2, softplus
 
 GROUP = 2
 """Blocks of channels folded onto each other by one job."""
-PAUSE = 64
-"""Tokens between two looks for states that have vanished."""
+CHUNK = 64
+"""Tokens whose inputs are fetched together, so that the waits for memory overlap; states are then looked at again."""
 MAX, ABSMAX, L2 = 0, 1, 2
 
 _compile = numba.njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
@@ -32,6 +32,13 @@ def _step_and_input(dt_t, bias_block, x_t, gate_block, one, delta_t, u_t):
         delta = softplus(dt_t[d] + bias_block[d], one)
         delta_t[d] = delta
         u_t[d] = delta * x_t[d] * gate_block[d]
+
+
+@_inner
+def _load(flat, strides, i, stop, steps, first, used, rows):
+    """The block's channels of ``steps`` tokens, backwards from the one before ``stop``."""
+    for k in range(steps):
+        copy(row(flat, strides, i, stop - 1 - k, first, used), rows[k])
 
 
 @_inner
@@ -103,18 +110,20 @@ def _score_block(x, dt, dt_bias, A, B, C_boundary, gate, strides, reduce, vanish
     rates, weights = load_rates(A, first, used, dtype), np.zeros(states, dtype)
     alive, count = np.arange(states), states
     bias_block, gate_block = load_channels(dt_bias, first, used, dtype), load_channels(gate[i], first, used, dtype)
-    rows = zeros(6, dtype)
-    x_t, dt_t, delta_t, u_t, later, total = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
-    for t in range(length - 1, -1, -1):
-        copy(row(x, strides[0], i, t, first, used), x_t)
-        copy(row(dt, strides[1], i, t, first, used), dt_t)
-        _step_and_input(dt_t, bias_block, x_t, gate_block, one, delta_t, u_t)
-        _weigh(alive, count, row(B, strides[2], i, t, 0, states), C_boundary[i], weights)
-        _sum_states(rates, weights, count, later, total)
-        _impacts(total, delta_t, u_t, later)
-        _fold(total[:used], reduce, lanes[t])
-        if t % PAUSE == 0:
-            count = _leave_out_vanished(alive, count, rates, later, used, vanished)
+    rows, x_c, dt_c = zeros(4, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
+    delta_t, u_t, later, total = rows[0], rows[1], rows[2], rows[3]
+    for stop in range(length, 0, -CHUNK):
+        steps = min(CHUNK, stop)
+        _load(x, strides[0], i, stop, steps, first, used, x_c)
+        _load(dt, strides[1], i, stop, steps, first, used, dt_c)
+        for k in range(steps):
+            t = stop - 1 - k
+            _step_and_input(dt_c[k], bias_block, x_c[k], gate_block, one, delta_t, u_t)
+            _weigh(alive, count, row(B, strides[2], i, t, 0, states), C_boundary[i], weights)
+            _sum_states(rates, weights, count, later, total)
+            _impacts(total, delta_t, u_t, later)
+            _fold(total[:used], reduce, lanes[t])
+        count = _leave_out_vanished(alive, count, rates, later, used, vanished)
 
 
 @_compile
