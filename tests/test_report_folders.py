@@ -24,7 +24,7 @@ from simba_lab.report.provenance import reproduction
 
 @pytest.fixture(autouse=True)
 def made_up_folders_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their arms hold no likelihoods to check the results against; tests/test_tampering.py checks those of real ones."""
+    """Their arms hold no likelihoods to check results against; tests/test_tampering.py checks those of real ones."""
     monkeypatch.setattr("simba_lab.budget.check_evidence", lambda path, results: False)
 
 
