@@ -20,7 +20,11 @@ def select_tokens(scores: Tensor, k: int, protected: int, positions: Tensor | No
     above, equal = ranked > threshold, ranked == threshold
     free = k - above.sum(1, keepdim=True)
     later = equal.sum(1, keepdim=True) - equal.cumsum(1)  # equals that come later
-    chosen = (above | (equal & (later < free))).nonzero()[:, 1].view(-1, k)
+    kept = above | (equal & (later < free))
+    # Each kept token writes its position to its place among them, every other one to a place behind the last.
+    place = torch.where(kept, kept.cumsum(1) - 1, k)
+    tokens = torch.arange(ranked.shape[1], device=ranked.device).expand_as(place)
+    chosen = torch.zeros(len(ranked), k + 1, dtype=torch.int64, device=ranked.device).scatter_(1, place, tokens)[:, :k]
     return chosen, chosen if positions is None else positions.gather(1, chosen)
 
 
