@@ -149,7 +149,6 @@ def test_a_sweep_survives_kills(lab: tiny.Lab, swept: dict[str, Any], tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.soak  # weights of two processes differed in their bits where other tests ran beside it
 def test_a_fit_survives_kills_and_sigterm(lab: tiny.Lab, fitted: dict[str, Any], tmp_path: Path) -> None:
     """kill -9 behind the first checkpoint, SIGTERM, which saves its step and ends with 0, then to the end."""
     file, run = lab.experiment(tmp_path / "long.yaml", LONG), tmp_path / "runs" / "long"
@@ -190,7 +189,6 @@ def test_a_fit_killed_behind_its_last_step_is_completed(
 
 
 @pytest.mark.slow
-@pytest.mark.soak  # weights of two processes differed in their bits where other tests ran beside it
 def test_sigterm_ends_a_sweep_with_zero_and_it_continues(
     lab: tiny.Lab, swept: dict[str, Any], tmp_path: Path
 ) -> None:

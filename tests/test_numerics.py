@@ -154,7 +154,6 @@ def test_sums_of_delta_are_in_fp32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(total.double(), exact, rtol=1e-4, atol=0)
 
 
-@pytest.mark.soak  # weights of two processes differed in their bits where other tests ran beside it
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(lab: tiny.Lab, tmp_path: Path) -> None:
     """A fit in this process, one in another, and one with trainer.deterministic."""
     runs = {"again": {}, "strict": {"trainer.deterministic": True}}
