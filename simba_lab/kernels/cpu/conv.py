@@ -9,11 +9,11 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from simba_lab.kernels.cpu.compiled import kernel
 from simba_lab.kernels.cpu.elementary import FAST, sigmoid
 
 STRETCH = 64
 
-_compile = numba.njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
 _inner = numba.njit(fastmath=FAST, error_model="numpy")
 
 
@@ -42,7 +42,7 @@ def _preactivation(x, strides, weight, bias, initial, i, t, total):
             total[d] += weight[tap, d] * row[d]
 
 
-@_compile
+@kernel
 def forward(x, strides, weight, bias, initial, out):
     """``out`` (B, L, D) = silu(conv(x)); initial (B, W-1, D) are the inputs before token 0."""
     batch, length, channels = out.shape
@@ -58,7 +58,7 @@ def forward(x, strides, weight, bias, initial, out):
                 out_row[d] = total[d] * sigmoid(total[d], one)
 
 
-@_compile
+@kernel
 def backward(x, strides, weight, bias, initial, dout, dinner, dweight, dbias):
     """Gradient ``dinner`` (B, L, D) before SiLU, and per job those of weight (jobs, W, D) and bias (jobs, D)."""
     batch, length, channels = dout.shape
@@ -85,7 +85,7 @@ def backward(x, strides, weight, bias, initial, dout, dinner, dweight, dbias):
                     dweight_tap[d] += total[d] * row[d]
 
 
-@_compile
+@kernel
 def spread(dinner, weight, dx, dinitial):
     """Gradients of x (B, L, D) and of the initial inputs (B, W-1, D) from the one before SiLU."""
     batch, length, channels = dinner.shape

@@ -9,14 +9,13 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from simba_lab.kernels.cpu.elementary import FAST, exp
+from simba_lab.kernels.cpu.compiled import kernel
+from simba_lab.kernels.cpu.elementary import exp
 
 ROWS = 16
 
-_compile = numba.njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
 
-
-@_compile
+@kernel
 def weigh(logs, scores, weights):
     """``weights`` (B, H, q, q): ``scores`` (B, G, q, q) times the decay from column to row, 0 above the diagonal.
 
@@ -35,7 +34,7 @@ def weigh(logs, scores, weights):
             row[t + 1 :] = 0
 
 
-@_compile
+@kernel
 def spread(logs, scores, dweights, dscores, rows, columns):
     """Gradients of ``scores`` (B, G, q, q), and sums of ``dweights`` times weights for t > s.
 

@@ -3,8 +3,6 @@
 ``math.exp`` on a float32 is a scalar library call; the polynomials here inline into the loops over channels, which is
 what makes the scan fast. Relative error below 5e-7 in fp32; fp64 arguments take the library functions, so that
 gradient checks in fp64 see no approximation.
-
-Numba caches compiled kernels by the file they stand in: after a change here, remove ``kernels/__pycache__``.
 """
 
 from __future__ import annotations

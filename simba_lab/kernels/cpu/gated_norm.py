@@ -8,14 +8,13 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from simba_lab.kernels.cpu.elementary import FAST, sigmoid
+from simba_lab.kernels.cpu.compiled import kernel
+from simba_lab.kernels.cpu.elementary import sigmoid
 
 STRETCH = 32
 
-_compile = numba.njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
 
-
-@_compile
+@kernel
 def forward(y, z, weight, eps, out, inverse):
     """``inverse`` (rows, groups) = 1 / rms of g = y silu(z) over each group, ``out`` (rows, D) = g inverse weight."""
     rows, groups = inverse.shape
@@ -37,7 +36,7 @@ def forward(y, z, weight, eps, out, inverse):
                     out_[d] *= scale * weight_[d]
 
 
-@_compile
+@kernel
 def backward(y, z, weight, inverse, dout, dy, dz, dweight):
     """``dy``, ``dz`` (rows, D) and ``dweight`` (jobs, D), to be added up."""
     rows, groups = inverse.shape

@@ -13,6 +13,7 @@ import numba
 import numpy as np
 
 from simba_lab.kernels.cpu.blocks import WIDTH, copy, load_channels, load_rates, row, zeros
+from simba_lab.kernels.cpu.compiled import kernel
 from simba_lab.kernels.cpu.elementary import FAST, exp2, softplus
 
 GROUP = 2
@@ -21,7 +22,6 @@ CHUNK = 64
 """Tokens whose inputs are fetched together, so that the waits for memory overlap; states are then looked at again."""
 MAX, ABSMAX, L2 = 0, 1, 2
 
-_compile = numba.njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
 _inner = numba.njit(fastmath=FAST, error_model="numpy")
 
 
@@ -126,7 +126,7 @@ def _score_block(x, dt, dt_bias, A, B, C_boundary, gate, strides, reduce, vanish
         count = _leave_out_vanished(alive, count, rates, later, used, vanished)
 
 
-@_compile
+@kernel
 def scores(x, dt, dt_bias, A, B, C_boundary, gate, strides, reduce, vanished, lanes):
     """``lanes`` (B, jobs, L, WIDTH): maximum, maximum of |.| or sum of squares over every WIDTH-th channel of a group.
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from simba_lab.kernels.cpu.elementary import FAST
+from simba_lab.kernels.cpu.compiled import kernel
 
 STRETCH = 128
 
-_compile = numba.njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
 
-
-@_compile
+@kernel
 def forward(hidden, residual, has_residual, weight, eps, normed, stream, inverse):
     """``stream`` (rows, M) = residual + hidden, ``inverse`` (rows,) = 1 / rms, ``normed`` = stream inverse weight."""
     rows, width = stream.shape
@@ -33,7 +31,7 @@ def forward(hidden, residual, has_residual, weight, eps, normed, stream, inverse
                 normed[row, m] = stream[row, m] * scale * weight[m]
 
 
-@_compile
+@kernel
 def backward(stream, inverse, weight, dnormed, dstream, dinput, dweight):
     """``dinput`` (rows, M), the gradient of hidden and of residual alike; ``dweight`` (jobs, M), to be added up."""
     rows, width = stream.shape

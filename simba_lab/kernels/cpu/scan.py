@@ -19,12 +19,12 @@ from __future__ import annotations
 import numba
 
 from simba_lab.kernels.cpu.blocks import WIDTH, copy, load_channels, load_rates, row, zeros
+from simba_lab.kernels.cpu.compiled import kernel
 from simba_lab.kernels.cpu.elementary import FAST, exp2, sigmoid, softplus
 
 CHUNK = 32
 LN2 = 0.6931471805599453
 
-_compile = numba.njit(parallel=True, cache=True, fastmath=FAST, error_model="numpy")
 _inner = numba.njit(fastmath=FAST, error_model="numpy")
 
 
@@ -92,7 +92,7 @@ def _forward_job(x, dt, dt_bias, A, B, C, D, z, strides, initial, out, final, st
             final[i, first + d, n] = h[n, d]
 
 
-@_compile
+@kernel
 def forward(x, dt, dt_bias, A, B, C, D, z, strides, initial, out, final, starts):
     """Gated output and final state; ``starts`` (B, ceil(L / CHUNK), D / WIDTH, N, WIDTH) unless its length is 0.
 
@@ -277,7 +277,7 @@ def _backward_job(
             dinitial[i, first + d, n] = g[n, d]
 
 
-@_compile
+@kernel
 def backward(
     x, dt, dt_bias, A, B, C, D, z, dout, strides, starts, dfinal, dx, ddt, dA, dB, dC, dD, dz, dinitial
 ):  # fmt: skip

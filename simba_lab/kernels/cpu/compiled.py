@@ -1,0 +1,147 @@
+"""Compiles the CPU kernels in a process of their own, so that the first run computes the same bits as every later one.
+
+Numba optimises the body of a parallel loop twice: once alone, for the process that compiles it, and once more within
+the kernel that it writes to its cache. Floating-point sums may be reordered each time, so that the process that
+compiled a kernel computed other last bits than those that loaded it. Here nobody runs what he compiled: a kernel that
+is not in the cache is compiled by a helper process and then loaded like any other.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import functools
+import hashlib
+import importlib
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core.caching import FunctionCache
+
+from simba_lab.kernels.cpu.elementary import FAST
+
+IDLE_SECONDS = 30.0
+"""A helper that is not asked for anything for so long ends; the next kernel starts another."""
+
+
+def kernel(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorator: a parallel Numba kernel, compiled once per signature, processor and state of this folder."""
+    dispatcher = numba.njit(parallel=True, fastmath=FAST, error_model="numpy")(function)
+    try:
+        dispatcher._cache = _Cache(function)
+    except RuntimeError:  # no folder that can be written to: every process compiles for itself
+        warnings.warn(f"no place to keep compiled kernels: set NUMBA_CACHE_DIR ({function.__name__})", stacklevel=2)
+    return dispatcher
+
+
+class _Cache(FunctionCache):
+    """Numba's cache of one kernel, in which what is missing is compiled by the helper before it is looked up."""
+
+    compiling_here = False
+
+    def load_overload(self, sig: tuple[Any, ...], target_context: Any) -> Any:
+        found = super().load_overload(sig, target_context)
+        if found is None and not self.compiling_here and _helper(os.getpid()).compile(self._py_func, sig):
+            found = super().load_overload(sig, target_context)
+        return found
+
+    def _index_key(self, sig: tuple[Any, ...], codegen: Any) -> tuple[Any, ...]:
+        """Also the sources of this folder: Numba itself sees only changes of the kernel's own file."""
+        return (*super()._index_key(sig, codegen), _sources())
+
+
+@functools.cache
+def _sources() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@functools.cache
+def _helper(pid: int) -> _Helper:
+    """One for each process: a fork does not share its parent's pipes."""
+    helper = _Helper()
+    atexit.register(helper.close)
+    return helper
+
+
+class _Helper:
+    """The process that compiles; started when first needed and again after it has ended."""
+
+    process: subprocess.Popen[bytes] | None = None
+
+    def compile(self, function: Callable[..., None], sig: tuple[Any, ...]) -> bool:
+        """Whether the kernel is in the cache now; if not, it has been said why."""
+        request = (function.__module__, function.__name__, sig)
+        for _ in range(2):  # it may have ended, idle, in the moment in which it was asked
+            try:
+                pipe = self._pipe()
+                pickle.dump(request, pipe.stdin)
+                pipe.stdin.flush()
+                failure = pickle.load(pipe.stdout)
+            except (OSError, EOFError, pickle.UnpicklingError):
+                self.close()
+                continue
+            break
+        else:
+            failure = "it ended"
+        if failure:
+            warnings.warn(f"{function.__name__} was not compiled by its helper: {failure}", stacklevel=2)
+        return not failure
+
+    def _pipe(self) -> subprocess.Popen[bytes]:
+        if self.process is None or self.process.poll() is not None:
+            self.close()
+            code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        return self.process
+
+    def close(self) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            process.terminate()  # closing alone would not do: a fork of this process may hold its pipe open
+            for pipe in (process.stdin, process.stdout):
+                try:
+                    pipe.close()
+                except OSError:  # a request that it has not read
+                    pass
+            process.wait()
+
+
+def serve() -> None:
+    """Compile what standard input asks for until it is closed or nothing has been asked for a while."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr
+    while select.select([sys.stdin], [], [], IDLE_SECONDS)[0]:
+        try:
+            module, name, sig = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            _compile(getattr(importlib.import_module(module), name), sig)
+            failure = ""
+        except Exception:
+            failure = traceback.format_exc(limit=-1).strip().splitlines()[-1]
+        pickle.dump(failure, answers)
+        answers.flush()
+
+
+def _compile(dispatcher: Any, sig: tuple[Any, ...]) -> None:
+    """Into the cache, unless another process' helper has just done it."""
+    cache = dispatcher._cache
+    type(cache).compiling_here = True
+    os.makedirs(cache.cache_path, exist_ok=True)
+    with open(Path(cache.cache_path) / ".compiling", "a") as lock:  # closing it releases it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        dispatcher.compile(sig)

@@ -1,0 +1,73 @@
+"""CPU kernels come from the cache alone: the first run's bits are every run's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+numba = pytest.importorskip("numba")
+
+from simba_lab.kernels.cpu import compiled  # noqa: E402 - needs Numba
+
+SCAN = """
+import hashlib, torch
+from simba_lab.kernels import cpu
+from simba_lab.kernels.cpu import scan
+draw = torch.Generator().manual_seed(0)
+x, dt, z = (torch.randn(2, 37, 40, generator=draw) for _ in range(3))
+B, C = (torch.randn(2, 37, 5, generator=draw) for _ in range(2))
+out, last = cpu.selective_scan(x, dt, torch.zeros(40), -torch.ones(40, 5), B, C, torch.ones(40), z)
+print(hashlib.sha256(out.numpy().tobytes() + last.numpy().tobytes()).hexdigest())
+print(sum(scan.forward.stats.cache_misses.values()), sum(scan.forward.stats.cache_hits.values()))
+"""
+
+
+def in_a_process(code: str, cache: Path) -> list[str]:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_the_process_that_finds_no_kernels_computes_what_later_ones_do(tmp_path: Path) -> None:
+    first, later = (in_a_process(SCAN, tmp_path) for _ in range(2))
+    assert first == later
+    assert first[1] == "0 1", "compiled elsewhere, then loaded"
+
+
+def test_a_change_of_any_file_of_the_folder_is_a_new_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from simba_lab.kernels.cpu import norm
+
+    codegen = norm.forward.targetctx.codegen()
+    before = norm.forward._cache._index_key((), codegen)
+    monkeypatch.setattr(compiled, "_sources", lambda: "changed")
+    assert norm.forward._cache._index_key((), codegen) != before
+
+
+def unknown_to_the_helper() -> None: ...
+
+
+def test_a_kernel_that_the_helper_cannot_compile_is_named_and_compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unknown_to_the_helper, "__module__", "no_such_module")
+    with pytest.warns(UserWarning, match="unknown_to_the_helper was not compiled by its helper: ModuleNotFoundError"):
+        assert not compiled._helper(os.getpid()).compile(unknown_to_the_helper, ())
+
+
+def test_the_helper_is_started_again_after_its_death() -> None:
+    helper = compiled._Helper()
+    try:
+        for _ in range(2):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                helper.compile(unknown_to_the_helper, ())
+            assert len(said) == 1, "it answered"
+            helper.process.kill()
+            helper.process.wait()
+    finally:
+        helper.close()
