@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 numba = pytest.importorskip("numba")
@@ -48,6 +50,17 @@ def test_a_change_of_any_file_of_the_folder_is_a_new_key(monkeypatch: pytest.Mon
     before = norm.forward._cache._index_key((), codegen)
     monkeypatch.setattr(compiled, "_sources", lambda: "changed")
     assert norm.forward._cache._index_key((), codegen) != before
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("writable", [False, True])
+def test_types_of_arguments_reach_the_helper_as_they_are(transposed: bool, writable: bool) -> None:
+    array = np.zeros((2, 3), np.float32)
+    array = array[:, ::2] if transposed else array
+    array.flags.writeable = writable
+    for value in (array, np.zeros(4, np.int64), np.zeros(2, bool), 3, 2.5, True, np.float32(1)):
+        described = json.loads(json.dumps(compiled._described(numba.typeof(value))))
+        assert compiled._type(described) == numba.typeof(value)
 
 
 def unknown_to_the_helper() -> None: ...

@@ -13,8 +13,8 @@ import fcntl
 import functools
 import hashlib
 import importlib
+import json
 import os
-import pickle
 import select
 import signal
 import subprocess
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
+from numba import types
 from numba.core.caching import FunctionCache
 
 from simba_lab.kernels.cpu.elementary import FAST
@@ -77,18 +79,18 @@ def _helper(pid: int) -> _Helper:
 class _Helper:
     """The process that compiles; started when first needed and again after it has ended."""
 
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[str] | None = None
 
     def compile(self, function: Callable[..., None], sig: tuple[Any, ...]) -> bool:
         """Whether the kernel is in the cache now; if not, it has been said why."""
-        request = (function.__module__, function.__name__, sig)
+        request = json.dumps([function.__module__, function.__name__, [_described(argument) for argument in sig]])
         for _ in range(2):  # it may have ended, idle, in the moment in which it was asked
             try:
                 pipe = self._pipe()
-                pickle.dump(request, pipe.stdin)
+                pipe.stdin.write(request + "\n")
                 pipe.stdin.flush()
-                failure = pickle.load(pipe.stdout)
-            except (OSError, EOFError, pickle.UnpicklingError):
+                failure = json.loads(pipe.stdout.readline())
+            except (OSError, ValueError):  # no line is no JSON either
                 self.close()
                 continue
             break
@@ -98,12 +100,12 @@ class _Helper:
             warnings.warn(f"{function.__name__} was not compiled by its helper: {failure}", stacklevel=2)
         return not failure
 
-    def _pipe(self) -> subprocess.Popen[bytes]:
+    def _pipe(self) -> subprocess.Popen[str]:
         if self.process is None or self.process.poll() is not None:
             self.close()
             code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                [sys.executable, "-W", "ignore", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
         return self.process
 
@@ -122,19 +124,28 @@ class _Helper:
 def serve() -> None:
     """Compile what standard input asks for until it is closed or nothing has been asked for a while."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    answers, sys.stdout = sys.stdout.buffer, sys.stderr
-    while select.select([sys.stdin], [], [], IDLE_SECONDS)[0]:
+    answers, sys.stdout = sys.stdout, sys.stderr
+    while select.select([sys.stdin], [], [], IDLE_SECONDS)[0] and (line := sys.stdin.readline()):
+        module, name, sig = json.loads(line)
         try:
-            module, name, sig = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            _compile(getattr(importlib.import_module(module), name), sig)
+            _compile(getattr(importlib.import_module(module), name), tuple(map(_type, sig)))
             failure = ""
         except Exception:
             failure = traceback.format_exc(limit=-1).strip().splitlines()[-1]
-        pickle.dump(failure, answers)
-        answers.flush()
+        print(json.dumps(failure), file=answers, flush=True)
+
+
+def _described(argument: types.Type) -> list[Any]:
+    """A number's or an array's type as plain data; the names are NumPy's."""
+    if isinstance(argument, types.Array):
+        return [str(argument.dtype), argument.ndim, argument.layout, not argument.mutable, argument.aligned]
+    return [str(argument)]
+
+
+def _type(described: list[Any]) -> types.Type:
+    name, *shape = described
+    number = numba.from_dtype(np.dtype(name))
+    return types.Array(number, shape[0], shape[1], readonly=shape[2], aligned=shape[3]) if shape else number
 
 
 def _compile(dispatcher: Any, sig: tuple[Any, ...]) -> None:
