@@ -12,6 +12,7 @@ import numpy as np
 import optuna
 import pytest
 import tiny
+import torch
 
 import simba_lab
 from simba_lab.checkpoint import save_model
@@ -400,6 +401,24 @@ def test_the_face_of_far_tokens_may_be_empty(lab: tiny.Lab, tmp_path: Path) -> N
     results = run(lab.sweep_config(tmp_path / "s.yaml", {"arms": arms, "budget.reference": "d"}))
     assert (results["far_tokens"], results["far_distance"]) == (0, tiny.N_CONTEXT)
     assert results["conclusion"]["best_far"] is None and all(arm["quality_far"] is None for arm in results["arms"])
+
+
+def test_arms_are_measured_in_the_dtype_and_on_the_device_asked_for(lab: tiny.Lab, tmp_path: Path) -> None:
+    changes = {"arms": [{"kind": "dense", "name": "d"}], "budget": {"reference": "d"}, "windows": 4}
+    (wide,) = run(lab.sweep_config(tmp_path / "s.yaml", changes))["arms"]
+    (half,) = run(lab.sweep_config(tmp_path / "s.yaml", changes | {"dtype": "bf16", "device": "cpu"}))["arms"]
+    assert 0 < abs(half["quality"] - wide["quality"]) < 0.05
+    (kept,) = (json.loads(path.read_text()) for path in (tmp_path / "s").glob("arms/*/arm.json"))
+    assert (kept["dtype"], kept["device"], half["run"]) == ("bf16", "cpu", wide["run"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there to be used")
+def test_a_device_that_is_not_here_is_refused_before_training(lab: tiny.Lab, tmp_path: Path) -> None:
+    experiment = lab.experiment(tmp_path / "new.yaml")
+    config = lab.sweep_config(tmp_path / "s.yaml", {"experiment": str(experiment), "device": "cuda:0"})
+    with pytest.raises(InputError, match="sees no CUDA device here; use cpu or auto, not cuda:0"):
+        run(config)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_is_missing_is_trained_first(lab: tiny.Lab, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -113,6 +113,8 @@ class SweepConfig:
         n_context: context tokens of a window.
         n_suffix: suffix tokens, on which quality is measured.
         batch_size: windows at once.
+        device: that measures the arms; auto takes a GPU where there is one, cpu, cuda or cuda:N that one.
+        dtype: of the weights while they are measured; null keeps that of their file.
         budget: what every matched arm costs.
         arms: the first one is what the others are compared with.
         search: look for the best keep curve, which then joins the arms.
@@ -128,6 +130,8 @@ class SweepConfig:
     n_context: int = 960
     n_suffix: int = 64
     batch_size: int = 8
+    device: str = "auto"
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
     search: SearchConfig | None = None
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from simba_lab.checkpoint import SPEC_FILE, WEIGHTS_FILE, load
 from simba_lab.data import EvalWindows
+from simba_lab.evaluate.arguments import read_device
 from simba_lab.evaluate.windows import far_face, plain_face, score_windows
 from simba_lab.model import LanguageModel
 from simba_lab.sweep.config import SweepConfig
@@ -18,12 +19,13 @@ from simba_lab.training import Experiment
 class Measurement:
     """Weights, windows and the store of finished arms.
 
-    Windows are cut at once: a file that asks for windows the data does not have is refused before training.
+    Windows are cut at once: a file that asks for windows the data does not have, or for a device that is not here, is
+    refused before training.
     """
 
     def __init__(self, config: SweepConfig, plan: SweepPlan, folder: Path, base: Experiment) -> None:
         self.config, self.plan, self.base = config, plan, base
-        self.store = ArmStore(folder / "arms")
+        self.store, self.device = ArmStore(folder / "arms"), read_device(config.device)
         self.windows = self._windows(config.split, config.windows)
         self.search_windows = self._windows(config.search.split, config.search.windows) if config.search else None
         self._weights: dict[Path, LanguageModel] = {}
@@ -33,13 +35,14 @@ class Measurement:
 
     def weights(self, experiment: Experiment) -> LanguageModel:
         if experiment.folder not in self._weights:
-            self._weights[experiment.folder] = load(experiment.folder)
+            self._weights[experiment.folder] = load(experiment.folder, dtype=self.config.dtype).to(self.device)
         return self._weights[experiment.folder]
 
     def fingerprint(self, arm: PlannedArm) -> str:
-        """Changes with whatever decides the arm's numbers."""
+        """Changes with whatever decides the arm's numbers, up to the rounding in which devices differ."""
         folder = arm.experiment.folder
-        return digest(arm.spec(), folder / SPEC_FILE, folder / WEIGHTS_FILE, self.windows.tokens.numpy())
+        spec = arm.spec() | {"dtype": self.config.dtype}
+        return digest(spec, folder / SPEC_FILE, folder / WEIGHTS_FILE, self.windows.tokens.numpy())
 
     def stored(self, arm: PlannedArm) -> StoredArm | None:
         return self.store.load(arm.name, self.fingerprint(arm))
@@ -49,7 +52,8 @@ class Measurement:
         model = model_of(arm, self.weights(arm.experiment))
         told = progress.windows_done if progress else None
         scores = score_windows(model, self.windows, self.config.batch_size, arm.arm.n_context, told)
-        details = arm.spec() | {"weights": str(arm.experiment.folder), "backend": model.backend.name}
+        made_with = {"backend": model.backend.name, "device": str(self.device), "dtype": self.config.dtype}
+        details = arm.spec() | {"weights": str(arm.experiment.folder)} | made_with
         return self.store.save(arm.name, fingerprint, scores, details)
 
     def faces(self, kept: StoredArm) -> tuple[float, float | None]:

@@ -14,11 +14,12 @@ from simba_lab.sweep.plan import PlannedArm
 from simba_lab.sweep.pool import Pool, Slot
 from simba_lab.sweep.progress import SweepProgress
 from simba_lab.sweep.queue import TASK, GivenBack, Queue, Task, TaskFailed
-from simba_lab.sweep.search import ARM_NAME, CurveSearch
+from simba_lab.sweep.search import ARM_NAME, EVENTS_FOLDER, CurveSearch
 from simba_lab.sweep.store import StoredArm, digest
 from simba_lab.sweep.study import SharedStorage, local_storage, named_study, open_arms_study, open_study, sampler
 from simba_lab.sweep.training import train_if_missing
 from simba_lab.training import Experiment
+from simba_lab.training.events import Events
 
 if TYPE_CHECKING:
     import optuna
@@ -77,13 +78,14 @@ class Team:
         opener = self._opener(name, [])
         alone = [t for t in opener().get_trials(deepcopy=False) if t.value is not None and TASK not in t.user_attrs]
         tasks = [Task(str(i), f"trial {i}", points[i]) for i in range(len(alone), settings.trials)]
-        with SweepProgress(settings.trials * len(windows), self.say) as progress:
+        total, budget = settings.trials * len(windows), self.plan.budget.flops
+        with Events(self.folder / EVENTS_FOLDER) as events, SweepProgress(total, self.say, budget=budget) as progress:
 
             def run(slot: Slot, trial: Trial, task: Task) -> float:
                 point = {key: trial.suggest_float(key, settings.lowest, 1.0) for key in search.names}
                 measured = slot.ask(trial, {"point": point})
                 self._tell(progress, task.label, len(windows), measured, measured["quality"])
-                return search.note(trial, measured)
+                return search.note(trial, measured, events)
 
             queue = Queue(lambda: _with_sampler(opener(), settings.seed), tasks, place=self._place)
             Pool(self.workers, self.measurement.config, self.folder).empty(queue, run)
@@ -136,7 +138,7 @@ class Team:
         self, progress: SweepProgress, name: str, windows: int, measured: Mapping[str, Any], quality: float
     ) -> None:
         with self._talking:
-            progress.start(name)
+            progress.start(name, self.plan.budget.flops)
             progress.windows_done(windows)
             progress.finish(name, quality, measured["far"], measured["seconds"])
 

@@ -49,7 +49,8 @@ class SweepProgress:
     Args:
         total: windows of all arms together.
         say: prints a line where there is no terminal.
-        planned: the arms that will come, with their FLOPs; others are added as they start.
+        planned: the arms that will come, with their FLOPs; others are added as they start. Without any, all that
+            come are expected to cost the budget.
         budget: FLOPs of one window that the arms should cost.
         folder: where the event file goes; None writes none.
     """
@@ -60,6 +61,7 @@ class SweepProgress:
     ) -> None:  # fmt: skip
         self.total, self.say, self.budget = total, say, budget
         self.arms = {name: LiveArm(name, flops) for name, flops in planned}
+        self._planned = total * (sum(flops for _, flops in planned) / len(planned) if planned else budget or 0)
         self._done = self._measured = 0
         self._current: LiveArm | None = None
         self._started = time.monotonic()
@@ -82,8 +84,9 @@ class SweepProgress:
         if self._events is not None:
             self._events.close()
 
-    def start(self, name: str) -> None:
-        self._current = self.arms.setdefault(name, LiveArm(name))
+    def start(self, name: str, flops: int | None = None) -> None:
+        """An arm begins; ``flops`` of one window for one that was not planned."""
+        self._current = self.arms.setdefault(name, LiveArm(name, flops))
         self._current.state, self._current.windows = "running", 0
 
     def windows_done(self, count: int) -> None:
@@ -93,11 +96,11 @@ class SweepProgress:
         self._measured += step
 
     def skip(self, name: str, windows: int) -> None:
-        """An arm that was measured before."""
+        """An arm, or several as one, that was measured before."""
         if windows:
             self._done += windows
-            if name in self.arms:
-                self.arms[name].state, self.arms[name].windows = "before", windows
+            arm = self.arms.setdefault(name, LiveArm(name, self.budget))
+            arm.state, arm.windows = "before", windows
             self._line(f"{name}: measured before")
 
     def finish(self, name: str, quality: float, far: float | None, seconds: float) -> None:
@@ -121,10 +124,8 @@ class SweepProgress:
         if best := self.best():
             parts.append(f"best so far {best.name} {best.quality:.4f}")
         if self.arms and all(arm.flops for arm in self.arms.values()):
-            each = self.total / len(self.arms)
             spent = sum(arm.flops * arm.windows for arm in self.arms.values())
-            planned = sum(arm.flops * each for arm in self.arms.values())
-            parts.append(f"{spent / planned:.0%} of {planned / 1e12:.3g} TFLOPs")
+            parts.append(f"{spent / self._planned:.0%} of {self._planned / 1e12:.3g} TFLOPs")
         return ", ".join(parts)
 
     def _record(self, arm: LiveArm) -> None:

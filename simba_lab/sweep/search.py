@@ -20,12 +20,13 @@ from simba_lab.sweep.progress import SweepProgress
 from simba_lab.sweep.store import digest
 from simba_lab.sweep.study import open_study, search_curves, trial_rows
 from simba_lab.training import Experiment
+from simba_lab.training.events import Events
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import Trial
 
-ARM_NAME = "searched"
+ARM_NAME, EVENTS_FOLDER = "searched", "search"
 
 
 def check_search(config: SweepConfig, base: Experiment, budget: Budget) -> None:
@@ -71,10 +72,13 @@ class CurveSearch:
         value = quality if self.settings.objective == "quality" else far
         return {"value": value, "quality": quality, "far": far, "seconds": scores.seconds, "noted": noted}
 
-    def note(self, trial: Trial, measured: dict[str, Any]) -> float:
-        """Writes what was measured into the trial; returns its value."""
+    def note(self, trial: Trial, measured: dict[str, Any], events: Events) -> float:
+        """Writes what was measured into the trial, and as a point at its number into ``events``; returns its value."""
         for key, value in measured["noted"].items():
             trial.set_user_attr(key, value)
+        told = {key: measured[key] for key in ("quality", "far", "seconds")} | {"flops": measured["noted"]["flops"]}
+        points = {f"trial/{key}": value for key, value in told.items() if value is not None}
+        events.write(points | {f"point/{name}": trial.params[name] for name in self.names}, trial.number)
         budget = self.plan.budget
         trial.set_constraint("flops", abs(budget.distance(measured["noted"]["flops"])) - budget.tolerance)
         return measured["value"]
@@ -97,13 +101,14 @@ def search_best_curve(
 
     def measure(point: dict[str, float], trial: Trial) -> float:
         name = f"trial {trial.number}"
-        progress.start(name)
+        progress.start(name, budget)
         measured = search.measure(point, weights, windows, progress.windows_done)
         progress.finish(name, measured["quality"], measured["far"], measured["seconds"])
-        return search.note(trial, measured)
+        return search.note(trial, measured, events)
 
     study = open_study(folder, search.study_name(windows))
-    with SweepProgress(settings.trials * len(windows), say) as progress:
+    total, budget = settings.trials * len(windows), search.plan.budget.flops
+    with Events(folder / EVENTS_FOLDER) as events, SweepProgress(total, say, budget=budget) as progress:
         progress.skip("earlier trials", len(windows) * sum(row["value"] is not None for row in trial_rows(study)))
         search_curves(study, search.anchors, search.names, settings.lowest, settings.trials, settings.seed, measure)
     return search.record(study, windows)
