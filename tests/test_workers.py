@@ -29,9 +29,11 @@ from processes import comparable
 from simba_lab.environment import without_passwords
 from simba_lab.errors import InputError
 from simba_lab.sweep.children import shares
+from simba_lab.sweep.parallel import _wants_more_devices
 from simba_lab.sweep.pool import Pool
 from simba_lab.sweep.queue import ERROR, TASK, GivenBack, Queue, Task, TaskFailed
 from simba_lab.sweep.study import SharedStorage, local_storage, named_study
+from simba_lab.training import Experiment
 
 FORK = multiprocessing.get_context("fork")
 COUNT = 200
@@ -208,6 +210,35 @@ def test_workers_divide_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [worker["CUDA_VISIBLE_DEVICES"] for worker in given] == ["GPU-a", "GPU-b", "GPU-a"]
 
 
+def test_workers_with_several_gpus_have_them_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simba_lab.sweep.children._gpus", lambda: ["GPU-a", "GPU-b", "GPU-c", "GPU-d", "GPU-e"])
+    given = [dict(setting.split("=") for setting in settings) for settings in shares(2, 2)]
+    assert [worker["CUDA_VISIBLE_DEVICES"] for worker in given] == ["GPU-a,GPU-b", "GPU-c,GPU-d"]
+    with pytest.raises(InputError, match="--gpus-per-worker: 2 for each of 3 workers makes 6, this host has 5; lower"):
+        shares(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("devices", "each", "alone"),
+    [(1, None, False), (2, None, True), (2, 2, False), ("2", 2, False), (4, 2, True), ([0, 1], 2, True),
+     ("auto", 2, False), ("auto", None, True), (-1, 2, True)],
+)  # fmt: skip
+def test_who_trains_side_by_side(devices: Any, each: int | None, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    experiment = Experiment(Path("e.yaml"), Path("run"), None, None, {"trainer": {"devices": devices}})
+    assert _wants_more_devices(experiment, each) is alone
+
+
+def test_more_gpus_than_there_are_is_a_mistake(
+    lab: tiny.Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("simba_lab.sweep.children._gpus", lambda: ["GPU-a"])
+    file = lab.sweep(tmp_path / "wide.yaml")
+    line = tiny.mistake(capsys, "sweep", "--config", file, "--workers", "2", "--gpus-per-worker", "2")
+    assert "--gpus-per-worker: 2 for each of 2 workers makes 4, this host has 1; lower it or --workers" in line
+    assert not (tmp_path / "wide").exists()
+
+
 @pytest.fixture(scope="module")
 def serial(lab: tiny.Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = lab.sweep(tmp_path_factory.mktemp("serial") / "serial.yaml")
@@ -267,7 +298,7 @@ def test_a_worker_that_cannot_do_its_task_says_why(lab: tiny.Lab, tmp_path: Path
             raise
 
     queue = Queue(lambda: named_study(storage, "shared"), tasks(1))
-    Pool(1, config, tmp_path).empty(queue, ask)
+    Pool(shares(1), config, tmp_path).empty(queue, ask)
     assert len(reasons) == 1 and "StopIteration" in reasons[0] and queue.failed == {"key-0": reasons[0]}
 
 
@@ -280,7 +311,7 @@ def test_a_database_that_does_not_answer_takes_one_line(
     for url in ("postgresql://lab:secret@127.0.0.1:9/none", "nonsense", "marsdb://x/y"):
         error = tiny.mistake(capsys, "sweep", "--config", file, "--storage", url)
         assert "--storage" in error and "secret" not in error
-    for flag in ("--workers", "--heartbeat"):
+    for flag in ("--workers", "--heartbeat", "--gpus-per-worker"):
         assert f"{flag} must be at least 1" in tiny.mistake(capsys, "sweep", "--config", file, flag, "0")
 
 

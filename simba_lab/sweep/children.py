@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from simba_lab.errors import InputError
+
 # PR_SET_PDEATHSIG = 1: the kernel kills the child with the thread that started it, however that ended. Exec keeps it.
 _DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
@@ -32,14 +34,24 @@ def ended(code: int) -> str:
     return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
 
-def shares(workers: int) -> list[list[str]]:
-    """Settings of each worker: CPU threads divided, GPUs handed out in turn, one to a worker."""
+def shares(workers: int, gpus_per_worker: int | None = None) -> list[list[str]]:
+    """Settings of each worker: CPU threads divided, GPUs handed out in turn, one to a worker.
+
+    Workers share the GPUs where there are fewer; with ``gpus_per_worker`` each has so many that no other has. Raises
+    InputError if this host has too few for that.
+    """
     import torch
 
     threads = max(1, torch.get_num_threads() // workers)
     numbers = [f"{key}={threads}" for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")]
-    gpus = _gpus()
-    return [[*numbers, *([f"CUDA_VISIBLE_DEVICES={gpus[i % len(gpus)]}"] if gpus else [])] for i in range(workers)]
+    gpus, each = _gpus(), gpus_per_worker or 1
+    if gpus_per_worker is not None and workers * each > len(gpus):
+        raise InputError(
+            f"--gpus-per-worker: {each} for each of {workers} worker{'s' * (workers > 1)} makes {workers * each}, "
+            f"this host has {len(gpus)}; lower it or --workers"
+        )
+    given = [[gpus[(worker * each + i) % len(gpus)] for i in range(each)] if gpus else [] for worker in range(workers)]
+    return [[*numbers, *([f"CUDA_VISIBLE_DEVICES={','.join(names)}"] if names else [])] for names in given]
 
 
 def _gpus() -> list[str]:

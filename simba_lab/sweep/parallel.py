@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simba_lab.errors import InputError
+from simba_lab.sweep.children import shares
 from simba_lab.sweep.measure import Measurement
 from simba_lab.sweep.plan import PlannedArm
 from simba_lab.sweep.pool import Pool, Slot
@@ -31,28 +32,30 @@ class Team:
 
     Args:
         workers: trials at once on this host.
+        gpus_per_worker: of this host's GPUs; None: one each, shared where there are fewer.
         storage: shared with other hosts; None: ``study.db`` of the folder, which this process alone writes to.
     """
 
     def __init__(
         self, name: str, measurement: Measurement, folder: Path, say: Callable[[str], None],
-        workers: int, storage: SharedStorage | None,
+        workers: int, storage: SharedStorage | None, gpus_per_worker: int | None = None,
     ) -> None:  # fmt: skip
         self.name, self.measurement, self.folder, self.say = name, measurement, folder, say
-        self.workers, self.storage, self.plan = workers, storage, measurement.plan
+        self.shares, self.gpus_per_worker = shares(workers, gpus_per_worker), gpus_per_worker
+        self.storage, self.plan = storage, measurement.plan
         # Alone, in the order of the file; beside others, from anywhere.
         self._place = 0 if storage is None else int(digest(os.uname().nodename, os.getpid())[:8], 16)
         self._best: dict[str, float] = {}
         self._talking = threading.Lock()
 
     def train(self, experiments: Sequence[Experiment]) -> None:
-        """Experiments of one device side by side; one that wants several devices has the host to itself."""
+        """Experiments that a worker has the devices for side by side; one that wants more has the host to itself."""
         needed = {digest(str(e.folder), e.resolved): e for e in experiments}
         tasks = [Task(key, str(experiment.path)) for key, experiment in needed.items()]
         if all(experiment.is_trained() for experiment in experiments):
             return
-        alone = any(map(_wants_several_devices, experiments))
-        pool = Pool(self.workers, self.measurement.config, self.folder)
+        alone = any(_wants_more_devices(experiment, self.gpus_per_worker) for experiment in experiments)
+        pool = Pool(self.shares, self.measurement.config, self.folder)
 
         def is_trained(task: Task) -> bool:
             return needed[task.key].is_trained()
@@ -88,7 +91,7 @@ class Team:
                 return search.note(trial, measured, events)
 
             queue = Queue(lambda: _with_sampler(opener(), settings.seed), tasks, place=self._place)
-            Pool(self.workers, self.measurement.config, self.folder).empty(queue, run)
+            Pool(self.shares, self.measurement.config, self.folder).empty(queue, run)
         _refuse_failed(queue, "trials of the search")
         self._best = opener().best_trial.params
         return search.record(opener(), windows)
@@ -118,7 +121,7 @@ class Team:
 
             if not all(done(task) for task in tasks):
                 queue = Queue(self._opener("arms", tasks, names), tasks, done, self._place)
-                Pool(self.workers, self.measurement.config, self.folder).empty(queue, run)
+                Pool(self.shares, self.measurement.config, self.folder).empty(queue, run)
                 _refuse_failed(queue, "arms")
         return [store.load(name, prints[name]) for name in names]
 
@@ -143,11 +146,15 @@ class Team:
             progress.finish(name, quality, measured["far"], measured["seconds"])
 
 
-def _wants_several_devices(experiment: Experiment) -> bool:
+def _wants_more_devices(experiment: Experiment, gpus_per_worker: int | None) -> bool:
+    """More than a worker has; ``auto`` takes the worker's, if their number was given."""
     import torch
 
     devices = experiment.resolved["trainer"]["devices"]
-    return torch.cuda.device_count() > 1 if devices == "auto" else devices not in (1, "1")
+    if devices == "auto":
+        return gpus_per_worker is None and torch.cuda.device_count() > 1
+    # Devices named by their numbers are the host's.
+    return not (str(devices).isdecimal() and 0 < int(devices) <= (gpus_per_worker or 1))
 
 
 def _with_sampler(study: optuna.Study, seed: int) -> optuna.Study:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simba_lab.sweep.children import ended, shares, start
+from simba_lab.sweep.children import ended, start
 from simba_lab.sweep.config import SweepConfig
 from simba_lab.sweep.queue import GivenBack, Queue, Task, TaskFailed
 from simba_lab.sweep.study import RETRIES
@@ -94,12 +94,12 @@ class Slot:
 
 
 class Pool:
-    """Workers of one sweep on this host; leaving it ends them."""
+    """Workers of one sweep on this host, one for each of ``shares``; leaving it ends them."""
 
-    def __init__(self, size: int, config: SweepConfig, folder: Path) -> None:
+    def __init__(self, shares: Sequence[Sequence[str]], config: SweepConfig, folder: Path) -> None:
         self.stop = threading.Event()
         about = {"config": config.to_dict(), "folder": str(folder)}
-        self.slots = [Slot(about, settings, self.stop) for settings in shares(size)]
+        self.slots = [Slot(about, settings, self.stop) for settings in shares]
         self._error: BaseException | None = None
 
     def empty(self, queue: Queue, run: Callable[[Slot, Trial, Task], float], width: int | None = None) -> None:

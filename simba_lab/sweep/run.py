@@ -27,13 +27,13 @@ RESULTS_FILE = "results.json"
 
 def run_sweep(
     name: str, config: SweepConfig, say: Callable[[str], None] = print,
-    workers: int = 1, storage: SharedStorage | None = None,
+    workers: int = 1, storage: SharedStorage | None = None, gpus_per_worker: int | None = None,
 ) -> Path:  # fmt: skip
     """Carry out a sweep; what is already there is not done again. Returns the path of results.json.
 
-    With ``workers`` so many trials run at once; with ``storage`` all hosts that name it and share the folder run one
-    study. Raises BudgetMismatch before anything is trained if the arms cannot be matched, and after the measurement if
-    what ran is not what was planned; InputError for wrong input.
+    With ``workers`` so many trials run at once, each with ``gpus_per_worker``; with ``storage`` all hosts that name it
+    and share the folder run one study. Raises BudgetMismatch before anything is trained if the arms cannot be matched,
+    and after the measurement if what ran is not what was planned; InputError for wrong input.
     """
     folder = Path(config.folder or f"runs/sweeps/{name}")
     base = read_experiment(Path(config.experiment))
@@ -49,9 +49,9 @@ def run_sweep(
         if storage is None:
             for place in (folder, *(folder / "arms").glob("*")):
                 clear_partial(place)
-        if workers == 1 and storage is None:
+        if workers == 1 and storage is None and gpus_per_worker is None:
             return sweep.alone()
-        return sweep.together(workers, storage)
+        return sweep.together(workers, storage, gpus_per_worker)
 
 
 def _verify(arm: PlannedArm) -> None:
@@ -83,9 +83,9 @@ class _Sweep:
             stored = [self._measure(arm, study, names, progress) for arm in arms]
         return self._write(planned, stored, search)
 
-    def together(self, workers: int, storage: SharedStorage | None) -> Path:
+    def together(self, workers: int, storage: SharedStorage | None, gpus_per_worker: int | None) -> Path:
         """By workers, each a process of its own, and with the other hosts that name the storage."""
-        team = Team(self.name, self.measurement, self.folder, self.say, workers, storage)
+        team = Team(self.name, self.measurement, self.folder, self.say, workers, storage, gpus_per_worker)
         team.train(self.plan.experiments)
         search = None
         if self.config.search:
