@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING
 
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from simba_lab.training.loggers import FolderLogger
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -20,17 +22,30 @@ _NUMBERS = itertools.count()
 
 
 class Events:
-    """An event file in ``folder``, begun with the first number; later files of one folder continue earlier ones."""
+    """An event file in ``folder``, begun with the first number; later files of one folder continue earlier ones.
+
+    Threads may share it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._writer: SummaryWriter | None = None
+        self._writing = threading.Lock()
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         """Scalars at one step; a kill loses at most those of the last ten seconds."""
-        writer = self._opened(None)
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
+        with self._writing:
+            writer = self._opened(None)
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
 
     def forget_from(self, step: int) -> None:
         """What earlier files of the folder hold from ``step`` on is written again: TensorBoard drops it."""
@@ -55,30 +70,17 @@ class Events:
         return self._writer
 
 
-class EventsLogger(Logger):
+class EventsLogger(FolderLogger):
     """Lightning logger that writes every number it is given into an event file of the run folder."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__()
+        super().__init__(folder)
         self.events = Events(folder)
 
-    @property
-    def name(self) -> str:
-        return ""
+    def write(self, metrics: dict[str, float], step: int | None) -> None:
+        self.events.write(metrics, step or 0)
 
-    @property
-    def version(self) -> str:
-        return ""
-
-    def log_hyperparams(self, params: argparse.Namespace | dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Nothing: the resolved config has its own file."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.events.write({key: value for key, value in metrics.items() if key != "epoch"}, step or 0)
-
-    @rank_zero_only
-    def rewind(self, step: int) -> None:
+    def forget_from(self, step: int) -> None:
         self.events.forget_from(step)
 
     @rank_zero_only

@@ -10,25 +10,17 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
-from simba_lab.training.events import EventsLogger
-
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_READINGS = 10.0, 0.5
 
 
 class Throughput(Callback):
-    """Logs tokens and FLOPs per second, forward and backward, smoothed over the logging interval.
-
-    Before the first step it lets event files forget what a resumed run will write again.
-    """
+    """Logs tokens and FLOPs per second, forward and backward, smoothed over the logging interval."""
 
     def __init__(self) -> None:
         self._mark: tuple[float, int, int] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mark = (time.monotonic(), pl_module.tokens_seen, pl_module.ledger.total)
-        for logger in trainer.loggers:
-            if isinstance(logger, EventsLogger):
-                logger.rewind(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step % trainer.log_every_n_steps:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -10,50 +9,30 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 
 from simba_lab.checkpoint import TOKENIZER_FILE, save_model
 from simba_lab.environment import command_line, describe
 from simba_lab.files import write_json, writing
 from simba_lab.kernels.cost import CONVENTION
+from simba_lab.training.loggers import FolderLogger
 from simba_lab.training.stopping import asked_to_stop
 
 METRICS_FILE, RUN_FILE = "metrics.jsonl", "run.json"
 
 
-class MetricsFile(Logger):
+class MetricsFile(FolderLogger):
     """Lightning logger that appends one JSON object per logging call to ``metrics.jsonl``."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__()
+        super().__init__(folder)
         self.path = folder / METRICS_FILE
 
-    @property
-    def name(self) -> str:
-        return ""
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @property
-    def save_dir(self) -> str:
-        return str(self.path.parent)
-
-    def log_hyperparams(self, params: argparse.Namespace | dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Nothing: the resolved config has its own file."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        row = {"step": step, **{key: value for key, value in metrics.items() if key != "epoch"}}
+    def write(self, metrics: dict[str, float], step: int | None) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row) + "\n")
+            handle.write(json.dumps({"step": step, **metrics}) + "\n")
 
-    @rank_zero_only
-    def rewind(self, step: int) -> None:
-        """Forget rows from ``step`` on: a resumed run writes them again."""
+    def forget_from(self, step: int) -> None:
         if not self.path.is_file():
             return
         rows = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) < step]
@@ -169,5 +148,5 @@ class RunRecord(Callback):
 
 def _rewind(trainer: Trainer) -> None:
     for logger in trainer.loggers:
-        if isinstance(logger, MetricsFile):
+        if isinstance(logger, FolderLogger):
             logger.rewind(trainer.global_step)
