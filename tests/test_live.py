@@ -109,6 +109,36 @@ def test_a_sweep_s_arms_are_points_that_tensorboard_reads(tmp_path: Path) -> Non
     assert shown["best/quality"][:2] == [(20, 3.5), (30, 3.25)]
 
 
+def test_trials_that_nobody_planned_are_expected_to_cost_the_budget() -> None:
+    lines: list[str] = []
+    with SweepProgress(40, lines.append, budget=1_000_000) as progress:
+        progress.skip("earlier trials", 20)
+        progress.start("trial 2", 1_000_000)
+        progress.windows_done(10)
+        progress.finish("trial 2", 3.5, None, 2.0)
+    assert "(75%," in lines[1] and "best so far trial 2 3.5000, 75% of 4e-05 TFLOPs" in lines[1]
+
+
+def test_every_trial_of_a_search_is_a_point_that_tensorboard_reads(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from test_sweep import SEARCH_ONLY
+
+    changes = SEARCH_ONLY | {"search.trials": 4, "search.n_values": 2}
+    sweep = tiny.lab(tmp_path_factory.getbasetemp()).sweep(tmp_path / "found.yaml", changes)
+    assert tiny.simba_lab("sweep", "--config", sweep, "--set", "search.trials=3") == 0
+    assert tiny.simba_lab("sweep", "--config", sweep) == 0, "a longer search goes on in the same curves"
+    folder = tmp_path / "found"
+    shown, trials = scalars(folder / "search"), json.loads((folder / "results.json").read_text())["search"]["trials"]
+    assert set(shown) == {f"trial/{key}" for key in ("quality", "far", "seconds", "flops")} | {
+        "point/drop_0",
+        "point/drop_1",
+    }
+    assert shown["trial/quality"] == [(row["number"], pytest.approx(row["value"])) for row in trials]
+    assert shown["trial/flops"] == [(row["number"], pytest.approx(row["flops"])) for row in trials]
+    assert len(trials) == 4 and scalars(folder).keys() >= {"best/quality", "quality/searched"}
+
+
 def test_a_resumed_run_s_numbers_replace_those_it_repeats(tmp_path: Path) -> None:
     first = Events(tmp_path)
     for step in range(6):
