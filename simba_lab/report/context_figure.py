@@ -10,6 +10,7 @@ from simba_lab.report.drawing import INK, WIDTH, Drawn, Figure, as_csv, canvas, 
 from simba_lab.report.figures import Point, log_axis, points_of
 from simba_lab.report.folders import Comparison
 from simba_lab.report.marks import Marks
+from simba_lab.report.thinning import drawn
 from simba_lab.report.wording import number
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ def context_figure(comparisons: Sequence[Comparison]) -> Figure | None:
     shown = _shown(comparisons)
 
     def build() -> Drawn:
-        figure = canvas(WIDTH, 4.2)
+        marks = Marks([point.arm for point in points if _is_shown(point, shown)])
+        figure = canvas(WIDTH, marks.height(4.2))
         plain, far = figure.subplots(1, 2)
-        marks = Marks([point.arm for point in points])
         hints = {}
         for axes, face, name in ((plain, "quality", "all suffix tokens"), (far, "quality_far", "far tokens")):
             drawn = [point for point in points_of(comparisons, face, _context) if _is_shown(point, shown)]
@@ -55,7 +56,7 @@ def _context(arm: Any) -> int:
 
 
 def _shown(comparisons: Sequence[Comparison]) -> set[tuple[int, str]]:
-    return {(id(one), arm["name"]) for one in comparisons for arm in telling(one.results, one.results["arms"])}
+    return {(id(one), arm["name"]) for one in comparisons for arm in telling(one.results, drawn(one))}
 
 
 def _is_shown(point: Point, shown: set[tuple[int, str]]) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from simba_lab.report.drawing import INK, WIDTH, Drawn, Figure, as_csv, canvas, draw
+from simba_lab.report.drawing import INK, WIDTH, Drawn, Figure, as_csv, canvas, draw, tall_enough
 from simba_lab.report.folders import Comparison
 from simba_lab.report.marks import CONTROLS, curve_look, curve_looks
 from simba_lab.report.results import Arm, Results
+from simba_lab.report.thinning import drawn, told
 from simba_lab.report.wording import KINDS, shortened
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 
 SEARCHED = "searched"
+MOST_TRIALS, MOST_CURVES = 200, 16
 
 
 def keep_figure(comparison: Comparison) -> Figure | None:
@@ -26,20 +28,23 @@ def keep_figure(comparison: Comparison) -> Figure | None:
         return None
     key, title = f"{comparison.prefix}keep", "Keep curves by layer"
     families: dict[str, list[Arm]] = {}
-    for arm in arms:
+    for arm in (arm for arm in drawn(comparison) if arm["keep_counts"]):
         families.setdefault(_family(results, arm), []).append(arm)
 
     def build() -> Drawn:
-        figure = canvas(WIDTH, 3.9)
+        figure = canvas(WIDTH, tall_enough(3.9, 1 + len(families)))
         axes = figure.subplots()
         looks = curve_looks([members[0]["kind"] for members in families.values()])
         for (name, members), look in zip(families.items(), looks, strict=True):
-            curves = list(dict.fromkeys(tuple(arm["keep_counts"]) for arm in members))
+            curves: dict[tuple[int, ...], str] = {}
+            for arm in members:
+                curves.setdefault(tuple(arm["keep_counts"]), f"#{comparison.anchor(arm)}")
             label = f"{name} ({len(members)} arms)" if len(members) > 1 else name
             if name == SEARCHED:
                 look |= {"linestyle": "-", "linewidth": 3.2, "markersize": 8, "zorder": 3}
-            for number, curve in enumerate(curves):
-                axes.plot(range(len(curve)), curve, label=label if number == 0 else None, **look)
+            for number, (curve, url) in enumerate(curves.items()):
+                shown = {"label": label if number == 0 else None, "url": url}
+                axes.plot(range(len(curve)), curve, **shown, **look)
         _layer_axis(axes, max(len(arm["keep_counts"]) for arm in arms), results["n_context"])
         figure.legend(loc="outside right upper", title="schedule")
         return figure, {}
@@ -51,6 +56,7 @@ def keep_figure(comparison: Comparison) -> Figure | None:
     )
     if SEARCHED in families:
         caption += " The thick line is the curve that the search found."
+    caption += told([comparison])
     layers = max(len(arm["keep_counts"]) for arm in arms)
     rows = [[arm["name"], *arm["keep_counts"]] for arm in arms]
     table = as_csv(["arm", *(f"layer_{layer}" for layer in range(layers))], rows)
@@ -82,16 +88,17 @@ def distance_figure(comparison: Comparison) -> Figure | None:
     if not bins:
         return None
     key, title = f"{comparison.prefix}distance", "NLL by evidence distance"
-    shown = telling(results, arms)
+    shown = telling(results, [arm for arm in drawn(comparison) if _bins(arm) == bins])
 
     def build() -> Drawn:
-        figure = canvas(WIDTH, 4.2)
+        figure = canvas(WIDTH, tall_enough(4.2, len(shown)))
         absolute, relative = figure.subplots(1, 2)
         looks = curve_looks([arm["kind"] for arm in shown])
         for arm, look in zip(shown, looks, strict=True):
             values = [row["nll"] for row in arm["by_distance"]]
             base = [row["nll"] for row in first["by_distance"]]
             gaps = [None if v is None or b is None else v - b for v, b in zip(values, base, strict=True)]
+            look = {**look, "url": f"#{comparison.anchor(arm)}"}
             _bin_line(absolute, values, {**look, "label": shortened(arm["name"], 28)})
             _bin_line(relative, gaps, look)
         labels = [f"{_bin_name(row)}\n{row['tokens']}" for row in first["by_distance"]]
@@ -130,7 +137,7 @@ def _bin_line(axes: Axes, values: Sequence[float | None], look: Mapping[str, Any
 
 
 def telling(results: Results, arms: Sequence[Arm]) -> list[Arm]:
-    """The controls, both best arms and the best far arm of each schedule: few enough to follow by eye."""
+    """The controls, both best arms and the best far arm of each schedule, at most 16: what an eye can follow."""
     conclusion, chosen = results["conclusion"], set()
     best_of: dict[str, Arm] = {}
     for arm in arms:
@@ -139,8 +146,9 @@ def telling(results: Results, arms: Sequence[Arm]) -> list[Arm]:
         elif arm["quality_far"] is not None:
             leader = best_of.setdefault(arm["schedule"], arm)
             best_of[arm["schedule"]] = min(leader, arm, key=lambda one: one["quality_far"])
-    chosen |= {arm["name"] for arm in best_of.values()}
-    return [arm for arm in arms if arm["name"] in chosen]
+    leaders = sorted(best_of.values(), key=lambda arm: arm["quality_far"])
+    names = [*(arm["name"] for arm in arms if arm["name"] in chosen), *(arm["name"] for arm in leaders)]
+    return [arm for arm in arms if arm["name"] in names[:MOST_CURVES]]
 
 
 def _distance_csv(arms: Sequence[Arm]) -> str:
@@ -162,7 +170,7 @@ def search_figure(comparison: Comparison) -> Figure | None:
     def build() -> Drawn:
         figure = canvas(WIDTH, 3.9)
         values, curves = figure.subplots(1, 2)
-        hints = _trial_points(values, done)
+        hints = _trial_points(values, done, f"#{comparison.anchor()}")
         _best_curve(curves, results, next((t for t in done if t["number"] == search["best"]), None))
         figure.legend(loc="outside right upper")
         return figure, hints
@@ -172,13 +180,21 @@ def search_figure(comparison: Comparison) -> Figure | None:
         "far. Right: context tokens entering each layer in the best trial, beside the linear schedule at the same "
         "budget. The best of many trials is flattered by the choice; its own arm in the table is what counts."
     )
+    if len(done) > MOST_TRIALS:
+        caption += f" Of the trials every {_every(done)}th is drawn, the line is that of all; the CSV has all."
     rows = [[t["number"], t["value"], t["state"], *(t["keep_counts"] or [])] for t in search["trials"]]
     layers = max(len(t["keep_counts"] or []) for t in search["trials"])
     table = as_csv(["trial", "value", "state", *(f"layer_{layer}" for layer in range(layers))], rows)
     return Figure(key, title, caption, draw(key, title, build), table)
 
 
-def _trial_points(axes: Axes, trials: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _every(trials: Sequence[Mapping[str, Any]]) -> int:
+    """One trial in so many is drawn."""
+    return -(-len(trials) // MOST_TRIALS)
+
+
+def _trial_points(axes: Axes, trials: Sequence[Mapping[str, Any]], url: str) -> dict[str, str]:
+    """Trials as points that link to ``url``, and the lowest value so far; returns the hint of each marker by gid."""
     from matplotlib.ticker import MaxNLocator
 
     ordered = sorted(trials, key=lambda t: t["number"])
@@ -188,10 +204,10 @@ def _trial_points(axes: Axes, trials: Sequence[Mapping[str, Any]]) -> dict[str, 
         lowest.append(so_far)
     axes.plot(numbers, lowest, drawstyle="steps-post", color=INK, label="lowest so far")
     hints = {}
-    for trial in ordered:
+    for trial in ordered[:: _every(ordered)]:
         gid = f"trial-{trial['number']}"
         look = curve_look(0) | {"linestyle": "none"}
-        axes.plot([trial["number"]], [trial["value"]], gid=gid, **look)
+        axes.plot([trial["number"]], [trial["value"]], gid=gid, url=url, **look)
         hints[gid] = f"trial {trial['number']}: {trial['value']:.4f} nats/token"
     axes.set(title="trials", xlabel="trial", ylabel="NLL (nats/token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -90,6 +90,11 @@ def canvas(width: float, height: float) -> Canvas:
     return figure
 
 
+def tall_enough(height: float, entries: int) -> float:
+    """Inches of a figure whose legend has so many lines beside axes that would need only ``height``."""
+    return max(height, 0.5 + 0.19 * entries)
+
+
 def as_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """CSV text; a text cell that a spreadsheet would run as a formula is preceded by an apostrophe."""
     buffer = io.StringIO()

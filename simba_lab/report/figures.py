@@ -11,6 +11,7 @@ from simba_lab.report.drawing import INK, WIDTH, Drawn, Figure, as_csv, canvas, 
 from simba_lab.report.folders import Comparison
 from simba_lab.report.marks import Marks
 from simba_lab.report.results import Arm, Results
+from simba_lab.report.thinning import drawn, told
 from simba_lab.report.wording import number, shortened
 
 if TYPE_CHECKING:
@@ -63,19 +64,28 @@ def flops_figure(comparisons: Sequence[Comparison], face: str, key: str = "") ->
     title = "Far-token NLL against FLOPs" if far else "Suffix NLL against FLOPs"
 
     def build() -> Drawn:
-        figure = canvas(WIDTH, 4.4)
-        marks = Marks([point.arm for point in points])
+        shown = drawn_of(points)
+        marks = Marks([point.arm for point in shown])
+        figure = canvas(WIDTH, marks.height(4.4, joined=True))
         everything, inside = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
-        hints = _all_arms(everything, comparisons, points, marks)
+        hints = _all_arms(everything, comparisons, shown, marks)
         everything.set_ylabel(f"{_FACES[face]}, lower is better")
-        hints |= _inside(inside, results, [p for p in points if _at_budget(p, results)], marks)
+        hints |= _inside(inside, results, [p for p in shown if _at_budget(p, results)], marks)
         marks.legend(figure, joined=True)
         return figure, hints
 
     columns = ["sweep", "arm", "kind", "criterion", "schedule", "matched", "flops", face, "low", "high"]
     columns += ["paired_low", "paired_high"]
     rows = [_row(point, face) for point in points]
-    return Figure(key, title, _flops_caption(results, far), draw(key, title, build), as_csv(columns, rows))
+    caption = _flops_caption(results, far) + told(comparisons)
+    return Figure(key, title, caption, draw(key, title, build), as_csv(columns, rows))
+
+
+def drawn_of(points: Sequence[Point]) -> list[Point]:
+    """The points of the arms that a picture shows."""
+    owners = {id(point.owner): point.owner for point in points}
+    names = {key: {arm["name"] for arm in drawn(owner)} for key, owner in owners.items()}
+    return [point for point in points if point.arm["name"] in names[id(point.owner)]]
 
 
 def _at_budget(point: Point, results: Results) -> bool:
@@ -202,22 +212,23 @@ def seconds_figure(comparisons: Sequence[Comparison]) -> Figure | None:
     key, title, windows = "seconds", "Suffix NLL against seconds", comparisons[0].results["windows"]
 
     def build() -> Drawn:
-        figure = canvas(WIDTH, 3.9)
-        axes, marks = figure.subplots(), Marks([point.arm for point in points])
-        seconds = [point.x for point in points]
-        _dense_lines(axes, points, seconds)
-        _pairs(axes, points, seconds)
-        hints = _markers(axes, points, seconds, marks, "s")
+        shown = drawn_of(points)
+        marks = Marks([point.arm for point in shown])
+        figure = canvas(WIDTH, marks.height(3.9, joined=True))
+        axes, seconds = figure.subplots(), [point.x for point in shown]
+        _dense_lines(axes, shown, seconds)
+        _pairs(axes, shown, seconds)
+        hints = _markers(axes, shown, seconds, marks, "s")
         log_axis(axes, seconds)
         axes.set(xlabel=f"seconds for {windows} windows (log)", ylabel=f"{_FACES['quality']}, lower is better")
-        _name_controls(axes, points, seconds)
+        _name_controls(axes, shown, seconds)
         marks.legend(figure, joined=True)
         return figure, hints
 
     caption = (
         f"Suffix NLL in nats/token against the wall-clock seconds that each arm took for its {windows} windows on the "
         "machine named below, taken once; lines and bars as above. Seconds depend on the machine and its load; the "
-        "comparison is made at equal FLOPs."
+        f"comparison is made at equal FLOPs.{told(comparisons)}"
     )
     rows = [[p.owner.name, p.arm["name"], p.arm["wall_seconds"], p.y, *(p.interval or (None, None))] for p in points]
     columns = ["sweep", "arm", "wall_seconds", "quality", "paired_low", "paired_high"]

@@ -8,6 +8,7 @@ import os
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -38,6 +39,8 @@ class Comparison:
         folder: where the sweep lies; None if there is nothing but its results.
         records: arm.json of every arm whose run folder is there, by the arm's name.
         trainings: what is known of the runs that trained the arms' weights, by run folder.
+        most_drawn: arms that a picture shows at most.
+        whole: whether the page holds every arm's keep counts and whole configuration.
     """
 
     results: Results
@@ -46,6 +49,8 @@ class Comparison:
     folder: Path | None = None
     records: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     trainings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    most_drawn: int = 120
+    whole: bool = True
 
     @property
     def name(self) -> str:
@@ -53,8 +58,11 @@ class Comparison:
 
     def anchor(self, arm: Arm | None = None) -> str:
         """Id of the embedded configuration of an arm, or of the sweep."""
-        names = [one["name"] for one in self.results["arms"]]
-        return f"config-{self.prefix}{'sweep' if arm is None else names.index(arm['name'])}"
+        return f"config-{self.prefix}{'sweep' if arm is None else self._places[arm['name']]}"
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {arm["name"]: place for place, arm in reversed([*enumerate(self.results["arms"])])}
 
     def run_link(self, arm: Arm) -> str:
         """Relative address of the arm's run folder.

@@ -9,6 +9,7 @@ from simba_lab.report.drawing import INK, WIDTH, Drawn, Figure, as_csv, canvas, 
 from simba_lab.report.folders import Comparison
 from simba_lab.report.marks import Marks
 from simba_lab.report.results import Arm, by_quality, differs_from_first
+from simba_lab.report.thinning import drawn, told
 from simba_lab.report.wording import kind_of, number, shortened
 
 if TYPE_CHECKING:
@@ -22,14 +23,16 @@ def forest_figure(comparison: Comparison) -> Figure | None:
     """Paired differences from the first arm, plain and far, one row per arm."""
     results = comparison.results
     first, *others = results["arms"]
-    rows = [arm for arm in by_quality({"arms": others}) if arm["difference"] is not None]
+    every = [arm for arm in by_quality({"arms": others}) if arm["difference"] is not None]
+    shown = {arm["name"] for arm in drawn(comparison)}
+    rows = [arm for arm in every if arm["name"] in shown]
     if not rows:
         return None
     key, title = f"{comparison.prefix}forest", f"Paired differences from {shortened(first['name'])}"
 
     def build() -> Drawn:
         figure = canvas(WIDTH, 1.1 + 0.24 * len(rows))
-        marks, hints = Marks(results["arms"]), {}
+        marks, hints = Marks([first, *rows]), {}
         plain, far = figure.subplots(1, 2, sharey=True)
         for axes, is_far, name in ((plain, False, "all suffix tokens"), (far, True, "far tokens")):
             hints |= _forest(axes, comparison, rows, is_far, marks)
@@ -38,7 +41,7 @@ def forest_figure(comparison: Comparison) -> Figure | None:
         plain.set_ylim(len(rows) - 0.4, -0.6)
         return figure, hints
 
-    return Figure(key, title, _caption(first), draw(key, title, build), _csv(rows))
+    return Figure(key, title, _caption(first) + told([comparison]), draw(key, title, build), _csv(every))
 
 
 def _forest(axes: Axes, comparison: Comparison, arms: Sequence[Arm], far: bool, marks: Marks) -> dict[str, str]:

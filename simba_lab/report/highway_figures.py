@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simba_lab.report.drawing import INK, WIDTH, Drawn, Figure, as_csv, canvas, draw
@@ -33,11 +33,26 @@ def _over(highways: Highways) -> str:
     return f"Mean over {windows} windows of {lengths}." if windows > 1 else f"One window of {lengths}."
 
 
-def _layer_axis(axes: Axes) -> None:
+def _by_layer(ylabel: str) -> tuple[Canvas, Axes]:
+    """A figure with one pair of axes whose x is the layer."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlabel("layer")
+    figure = canvas(WIDTH, 3.4)
+    axes = figure.subplots()
+    axes.set(xlabel="layer (0 is nearest the input)", ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, axes
+
+
+def _legend(figure: Canvas, title: str = "") -> Drawn:
+    figure.legend(loc="outside right upper", title=title or None)
+    return figure, {}
+
+
+def _csv_by_layer(columns: Sequence[str], named: Iterable[tuple[str, Sequence[Sequence[Any]]]]) -> str:
+    """A line for each layer of each name, with one cell from each of its lists."""
+    rows = [[name, layer, *cells] for name, lists in named for layer, cells in enumerate(zip(*lists, strict=True))]
+    return as_csv([columns[0], "layer", *columns[1:]], rows)
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:
@@ -49,18 +64,14 @@ def redundancy_figure(highways: Highways) -> Figure:
     key, title, arms = "redundancy", "Redundancy by layer", highways["arms"]
 
     def build() -> Drawn:
-        figure = canvas(WIDTH, 3.4)
-        axes = figure.subplots()
+        figure, axes = _by_layer("mean cosine similarity (no unit)")
         for index, arm in enumerate(arms):
             look = curve_look(index)
             name = shortened(arm["name"])
             axes.plot(_numbers(arm["neighbour_similarity"]), label=name, **look)
             faint = {"color": look["color"], "linestyle": ":", "linewidth": 1}
             axes.plot(_numbers(arm["any_pair_similarity"]), label="any two tokens" if index == 0 else None, **faint)
-        _layer_axis(axes)
-        axes.set_ylabel("mean cosine similarity")
-        figure.legend(loc="outside right upper")
-        return figure, {}
+        return _legend(figure)
 
     caption = (
         "Mean cosine similarity (no unit, -1 to 1) of the residual-stream vectors, at the input of each layer, of "
@@ -68,12 +79,8 @@ def redundancy_figure(highways: Highways) -> Figure:
         "pairs of these tokens, which neighbours must exceed to be alike because they are neighbours. "
         + _over(highways)
     )
-    rows = [
-        [arm["name"], layer, *pair]
-        for arm in arms
-        for layer, pair in enumerate(zip(arm["neighbour_similarity"], arm["any_pair_similarity"], strict=True))
-    ]
-    table = as_csv(["arm", "layer", "neighbour_similarity", "any_pair_similarity"], rows)
+    measures = ("neighbour_similarity", "any_pair_similarity")
+    table = _csv_by_layer(["arm", *measures], [(arm["name"], [arm[key] for key in measures]) for arm in arms])
     return Figure(key, title, caption, draw(key, title, build), table)
 
 
@@ -82,17 +89,13 @@ def loss_figure(highways: Highways) -> Figure:
     key, title, curves = "loss-rise", "Loss rise when a single layer is pruned", highways["loss_rise"]
 
     def build() -> Drawn:
-        figure = canvas(WIDTH, 3.4)
-        axes = figure.subplots()
+        figure, axes = _by_layer("rise of suffix NLL (nats/token)")
         axes.axhline(0, color=INK, linewidth=0.8)
         for index, curve in enumerate(curves):
             errors = [error or 0 for error in curve["error"]]
             look = {**curve_look(index), "elinewidth": 1, "capsize": 2}
             axes.errorbar(range(len(errors)), _numbers(curve["rise"]), errors, label=_short(curve["criterion"]), **look)
-        _layer_axis(axes)
-        axes.set_ylabel("rise of suffix NLL (nats/token)")
-        figure.legend(loc="outside right upper", title="criterion")
-        return figure, {}
+        return _legend(figure, "criterion")
 
     error = " Bars: one standard error over the windows." if highways["windows"] > 1 else ""
     caption = (
@@ -101,12 +104,8 @@ def loss_figure(highways: Highways) -> Figure:
         "the layer below, the boundary always among them; that layer adds nothing to the residual stream of the "
         f"others, and every other layer sees every token. Layer 0 is never pruned. {_over(highways)}{error}"
     )
-    rows = [
-        [curve["criterion"], layer, *pair]
-        for curve in curves
-        for layer, pair in enumerate(zip(curve["rise"], curve["error"], strict=True))
-    ]
-    table = as_csv(["criterion", "layer", "rise_nats_per_token", "standard_error"], rows)
+    named = [(curve["criterion"], [curve["rise"], curve["error"]]) for curve in curves]
+    table = _csv_by_layer(["criterion", "rise_nats_per_token", "standard_error"], named)
     return Figure(key, title, caption, draw(key, title, build), table)
 
 
@@ -142,8 +141,8 @@ def flow_figure(highways: Highways) -> Figure:
         "per channel, and its part is the sum over channels of |dy(t)|, before gate and skip connection. The highest "
         "share has the full colour, the same in all panels. " + _over(highways)
     )
-    rows = [[arm["name"], layer, *row] for arm in arms for layer, row in enumerate(arm["share"])]
-    table = as_csv(["arm", "layer", *(f"distance_{name}" for name in names)], rows)
+    named = [(arm["name"], list(zip(*arm["share"], strict=True))) for arm in arms]
+    table = _csv_by_layer(["arm", *(f"distance_{name}" for name in names)], named)
     return Figure(key, title, caption, draw(key, title, build), table)
 
 
@@ -174,25 +173,21 @@ def reach_figure(highways: Highways) -> Figure:
     key, title, arms = "reach", "How far back a layer reaches", highways["arms"]
 
     def build() -> Drawn:
-        figure = canvas(WIDTH, 3.4)
-        axes = figure.subplots()
+        figure, axes = _by_layer("reach (tokens)")
         for index, arm in enumerate(arms):
             axes.plot(arm["reach"], label=shortened(arm["name"]), **curve_look(index))
-        _layer_axis(axes)
         axes.set_yscale("symlog", linthresh=1)
         axes.set_ylim(0, 2 * highways["n_context"])
         axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.set_ylabel("reach (tokens)")
-        figure.legend(loc="outside right upper")
-        return figure, {}
+        return _legend(figure)
 
     caption = (
         "Distance (tokens of the original text, logarithmic above 1) at which the contribution to the boundary's "
         "output has fallen to 1\N{NO-BREAK SPACE}%: the least distance such that all tokens farther away together add "
         "less than 1\N{NO-BREAK SPACE}% of the sum over tokens and channels of |dy(t)|. " + _over(highways)
     )
-    rows = [[arm["name"], layer, value] for arm in arms for layer, value in enumerate(arm["reach"])]
-    return Figure(key, title, caption, draw(key, title, build), as_csv(["arm", "layer", "reach_tokens"], rows))
+    table = _csv_by_layer(["arm", "reach_tokens"], [(arm["name"], [arm["reach"]]) for arm in arms])
+    return Figure(key, title, caption, draw(key, title, build), table)
 
 
 def path_figure(highways: Highways) -> Figure:
@@ -210,8 +205,8 @@ def path_figure(highways: Highways) -> Figure:
         "leads to the next token present; it goes up for free, at a token that enters the layer above. A dense model "
         f"needs {highways['n_context'] - 1:,}: it must cross every token somewhere. {_over(highways)}"
     )
-    rows = [[arm["name"], layer, steps] for arm in arms for layer, steps in enumerate(arm["scan_steps"])]
-    return Figure(key, title, caption, draw(key, title, build), as_csv(["arm", "layer", "scan_steps"], rows))
+    table = _csv_by_layer(["arm", "scan_steps"], [(arm["name"], [arm["scan_steps"]]) for arm in arms])
+    return Figure(key, title, caption, draw(key, title, build), table)
 
 
 def _path_bars(figure: Canvas, arms: Sequence[Mapping[str, Any]]) -> None:

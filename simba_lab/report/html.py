@@ -5,23 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from string import Template
 
+from simba_lab.errors import InputError
 from simba_lab.files import writing
 from simba_lab.report.arm_tables import arm_table, keep_table
-from simba_lab.report.assets import asset, content_policy
 from simba_lab.report.context_figure import context_figure
 from simba_lab.report.curve_figures import distance_figure, keep_figure, search_figure
 from simba_lab.report.figures import flops_figure, seconds_figure
 from simba_lab.report.folders import Comparison, Gathered, gather
 from simba_lab.report.forest_figure import forest_figure
+from simba_lab.report.frame import page
 from simba_lab.report.importance import importance_figure
 from simba_lab.report.markup import escape, figures, folded, section
 from simba_lab.report.provenance import provenance
 from simba_lab.report.sections import answer, left_out, limits
+from simba_lab.report.thinning import LIMIT, versions
 
 REPORT_FILE = "report.html"
-_EYEBROW = "simba_lab comparison at equal FLOPs"
+_KEEP_COUNTS_LEFT_OUT = '<p class="note">The CSV of the keep curves holds the keep counts of every arm.</p>'
 
 
 def write_report(*paths: Path, target: Path | None = None, allow_unequal: bool = False) -> Path:
@@ -34,17 +35,36 @@ def write_report(*paths: Path, target: Path | None = None, allow_unequal: bool =
         allow_unequal: arms of another budget are shown in a section of their own instead of refused.
 
     Raises:
-        InputError, BudgetMismatch: as :func:`simba_lab.report.folders.gather`; nothing is written then.
+        InputError, BudgetMismatch: as :func:`simba_lab.report.folders.gather` and :func:`within_limit`; nothing is
+            written then.
     """
     target = target or default_target(paths)
     return write_page(gather(paths, target, allow_unequal), target)
 
 
 def write_page(gathered: Gathered, target: Path) -> Path:
-    text = render(gathered)
+    text = within_limit(gathered)
     with writing(target) as partial:
         partial.write_text(text, encoding="utf-8")
     return target
+
+
+def within_limit(gathered: Gathered) -> str:
+    """The page, with as much of large sweeps as 3 MB hold (:func:`simba_lab.report.thinning.versions`).
+
+    Raises:
+        InputError: it is too large even so; names the section that is.
+    """
+    for thinned in versions(gathered):
+        text = render(thinned)
+        if len(text.encode()) <= LIMIT:
+            return text
+    sizes = {title: len(body.encode()) for _, title, body in _sections(thinned)}
+    largest = max(sizes, key=sizes.__getitem__)
+    raise InputError(
+        f"{REPORT_FILE}: {len(text.encode()) / 1e6:.1f} MB, it must stay under {LIMIT // 10**6}; the section "
+        f"{largest!r} alone takes {sizes[largest] / 1e6:.1f} MB; name fewer folders, or look at their results.json"
+    )
 
 
 def default_target(paths: Sequence[Path]) -> Path:
@@ -57,24 +77,14 @@ def default_target(paths: Sequence[Path]) -> Path:
 def render(gathered: Gathered) -> str:
     """The page, the same text for the same results."""
     parts = [(key, title, body) for key, title, body in _sections(gathered) if body]
-    # The first section needs no link from a line above it.
-    links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in parts[1:])
     sweeps = gathered.comparisons + [one for one in gathered.unequal if not one.prefix.endswith("unequal-")]
     return page(
         " + ".join(one.name for one in sweeps),
         " / ".join(dict.fromkeys(str(one.results["created"]) for one in sweeps)),
-        links,
+        [(key, title) for key, title, _ in parts[1:]],  # the first needs no link from a line above it
         "\n".join(section(*part) for part in parts),
+        eyebrow="simba_lab comparison at equal FLOPs",
     )
-
-
-def page(title: str, made: str, links: str, body: str, eyebrow: str = _EYEBROW) -> str:
-    """A whole page around HTML `links` and `body`; `title` and `made` are escaped here."""
-    script = asset("report.js")
-    return Template(asset("template.html")).substitute(
-        title=escape(title), created=escape(made), eyebrow=escape(eyebrow), policy=content_policy(script),
-        style=asset("report.css"), script=script, links=links, body=body,
-    )  # fmt: skip
 
 
 def _sections(gathered: Gathered) -> list[tuple[str, str, str]]:
@@ -107,7 +117,8 @@ def _each(make: Callable[[Comparison], str], comparisons: Sequence[Comparison], 
 
 def _keep(one: Comparison) -> str:
     shown = figures([keep_figure(one), search_figure(one)])
-    return shown + folded("Keep counts of every arm", keep_table(one)) if shown else ""
+    counts = folded("Keep counts of every arm", keep_table(one)) if one.whole else _KEEP_COUNTS_LEFT_OUT
+    return shown + counts if shown else ""
 
 
 def _distance(one: Comparison) -> str:

@@ -10,14 +10,21 @@ from typing import Any
 
 from simba_lab.errors import InputError
 from simba_lab.files import writing
-from simba_lab.report.assets import asset, content_policy
+from simba_lab.report.assets import asset
+from simba_lab.report.frame import page
 from simba_lab.report.highway_figures import highway_figures
 from simba_lab.report.markup import escape, facts, figures
+from simba_lab.report.thinning import LIMIT
 from simba_lab.report.wording import gflops, shortened
 
-LIMIT = 3_000_000
-"""Bytes of a page at most; scores of some layers are left out of a longer one."""
 _DIGITS = 4
+_EYEBROW = "simba_lab inspection: which tokens are dropped, and where"
+_SECTIONS = [
+    ("text-section", "The text"),
+    ("groups-section", "What is kept"),
+    ("highways", "Highways"),
+    ("made", "How it was made"),
+]
 
 Inspection = Mapping[str, Any]
 
@@ -28,18 +35,18 @@ def write_inspection(inspection: Inspection, target: Path) -> int:
     A page that would exceed 3 MB shows the scores of every second layer only, then of every fourth, and so on, and
     says so. Raises InputError, and writes nothing, if it is too long even without scores.
     """
-    page = _within_limit(inspection).encode()
+    text = _within_limit(inspection).encode()
     with writing(target) as partial:
-        partial.write_bytes(page)
-    return len(page)
+        partial.write_bytes(text)
+    return len(text)
 
 
 def _within_limit(inspection: Inspection) -> str:
     highways = _highways(inspection)
     for every in (1, 2, 4, 8, 16, 32, 64, None):
-        page = _render(inspection, highways, every)
-        if len(page.encode()) <= LIMIT:
-            return page
+        text = _render(inspection, highways, every)
+        if len(text.encode()) <= LIMIT:
+            return text
     tokens = inspection["n_context"] + inspection["n_suffix"]
     raise InputError(
         f"--n-context: {tokens:,} tokens of {len(inspection['arms'])} arms take more than {LIMIT // 10**6} MB of page; "
@@ -49,20 +56,17 @@ def _within_limit(inspection: Inspection) -> str:
 
 def _render(inspection: Inspection, highways: str, every: int | None) -> str:
     """The page with the scores of every ``every``-th layer; None: of none."""
-    script = asset("report.js") + asset("inspection.js")
     notes = [*inspection["notes"], *_thinned(every)]
-    return Template(asset("inspection.html")).substitute(
-        title=escape(shortened(inspection["source"], 80)),
-        policy=content_policy(script),
-        style=asset("report.css") + asset("inspection.css"),
-        script=script,
+    body = Template(asset("inspection.html")).substitute(
         data=_data_block(_shown(inspection, every)),
-        made=escape(_made(inspection)),
         notes="".join(f'<p class="note">{escape(note)}</p>' for note in notes),
         highways=highways,
         last=inspection["n_layer"] - 1,
         facts=_facts(inspection),
     )
+    heading = shortened(inspection["source"], 80)
+    title, assets = f"{heading}: dropped tokens", ("report", "inspection")
+    return page(heading, _made(inspection), _SECTIONS, body, _EYEBROW, title, assets)
 
 
 def _thinned(every: int | None) -> list[str]:

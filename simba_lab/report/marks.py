@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from simba_lab.report.drawing import INK
+from simba_lab.report.drawing import INK, tall_enough
 from simba_lab.report.results import Arm
 from simba_lab.report.wording import KINDS, shortened
 
@@ -43,6 +43,11 @@ class Marks:
 
     def control(self, kind: str) -> dict[str, Any]:
         return {"marker": CONTROLS[kind], "color": INK, "markersize": 11 if kind == "dense" else 8}
+
+    def height(self, least: float, joined: bool = False) -> float:
+        """Inches that a figure of at least `least` needs for the legend."""
+        groups = [len(group) for group in (self.criteria, self.schedules, self.kinds, JOINS if joined else ())]
+        return tall_enough(least, sum(groups) + sum(map(bool, groups)))
 
     def legend(self, figure: Canvas, joined: bool = False) -> None:
         """One entry per criterion, schedule, control and (if `joined`) line, outside the axes on the right."""

@@ -11,6 +11,9 @@ from urllib.parse import quote
 from simba_lab.report.drawing import Figure
 from simba_lab.report.wording import inert
 
+_PLAIN = "/,:;()=@!*+$?"
+"""What may stand unchanged in the data address of a download, beside letters, digits and ``_.-~``."""
+
 
 def escape(text: object) -> str:
     """Inert HTML text, safe in an element and in a quoted attribute."""
@@ -65,7 +68,8 @@ def figures(made: Iterable[Figure | None]) -> str:
 
 def download(name: str, kind: str, text: str, label: str) -> str:
     """A link that saves `text`, which travels inside the page."""
-    return f'<a download="{escape(name)}" href="data:{kind};charset=utf-8,{quote(text)}">{escape(label)}</a>'
+    address = f"data:{kind};charset=utf-8,{quote(text, safe=_PLAIN)}"
+    return f'<a download="{escape(name)}" href="{address}">{escape(label)}</a>'
 
 
 def facts(pairs: Iterable[tuple[str, Any]], short: bool = False) -> str:

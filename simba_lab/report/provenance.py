@@ -9,7 +9,7 @@ from typing import Any
 
 from simba_lab.report.folders import Comparison
 from simba_lab.report.markup import block, data_block, download, escape, facts, folded
-from simba_lab.report.results import Results
+from simba_lab.report.results import Arm, Results
 from simba_lab.report.wording import inert
 
 
@@ -83,14 +83,44 @@ def _arm_configs(comparison: Comparison) -> str:
     """arm.json as it lies in the run folder, else the specification that the results repeat."""
     parts = []
     for arm in comparison.results["arms"]:
-        record = comparison.records.get(arm["name"])
-        shown = record or {**arm.get("spec", {}), "flops_by_op": arm.get("flops_by_op", {})}
+        shown = _config_of(comparison, arm)
         where = escape(comparison.run_link(arm))
         source = f'<a href="{where}/">run folder</a>, <a href="{where}/arm.json">arm.json</a>'
-        note = source if record else f"from results.json; {source} not found when this page was made"
+        note = (
+            source
+            if arm["name"] in comparison.records
+            else f"from results.json; {source} not found when this page was made"
+        )
         name = f"<bdi>{escape(arm['name'])}</bdi>"
         parts.append(f'<h4 id="{comparison.anchor(arm)}" class="target">{name}</h4><p>{note}</p>{data_block(shown)}')
-    return folded(f"Configuration of every arm ({len(parts)})", "".join(parts))
+    return folded(f"Configuration of every arm ({len(parts)})", _what_is_shown(comparison) + "".join(parts))
+
+
+def _what_is_shown(comparison: Comparison) -> str:
+    if comparison.whole:
+        return ""
+    return '<p class="note">To keep this page small: after the first arm, only what differs from it.</p>'
+
+
+def _config_of(comparison: Comparison, arm: Arm) -> Any:
+    record = comparison.records.get(arm["name"])
+    shown = record or {**arm.get("spec", {}), "flops_by_op": arm.get("flops_by_op", {})}
+    first = comparison.results["arms"][0]
+    if comparison.whole or arm is first:
+        return shown
+    return differing(shown, _config_of(comparison, first))
+
+
+def differing(value: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ``value``, at every depth, that ``base`` lacks or has another value for."""
+    found = {}
+    for key, inner in value.items():
+        other = base.get(key)
+        if isinstance(inner, Mapping) and isinstance(other, Mapping):
+            inner = differing(inner, other) or other
+        if inner != other:
+            found[key] = inner
+    return found
 
 
 def _protocol(name: str) -> str:
