@@ -13,9 +13,11 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
+from simba_lab.budget import Budget
 from simba_lab.sweep.progress import SweepProgress
 from simba_lab.training.events import Events
 
+BUDGET = Budget(1_000_000)
 PLANNED = [
     ("small", 1_000_000),
     ("dense", 1_500_000),
@@ -61,7 +63,7 @@ def measured(progress: SweepProgress) -> None:
 
 def test_without_a_terminal_every_arm_is_a_line_with_the_best_the_rest_and_the_compute() -> None:
     lines: list[str] = []
-    with SweepProgress(40, lines.append, PLANNED, 1_000_000) as progress:
+    with SweepProgress(40, lines.append, PLANNED, BUDGET) as progress:
         measured(progress)
         progress.finish(PLANNED[3][0], 3.75, None, 2.0)
     assert lines[0] == "dense: measured before"
@@ -78,7 +80,7 @@ def table(progress: SweepProgress, width: int = 80) -> list[str]:
 
 
 def test_the_table_ranks_arms_and_says_what_they_cost() -> None:
-    progress = SweepProgress(40, print, PLANNED, 1_000_000)
+    progress = SweepProgress(40, print, PLANNED, BUDGET)
     progress.say = lambda line: None
     measured(progress)
     lines = table(progress, width=100)
@@ -94,14 +96,23 @@ def test_the_table_ranks_arms_and_says_what_they_cost() -> None:
     assert "best so far linear:norm 3.2500" in lines[-1]
 
 
+def test_an_arm_beyond_the_budget_is_never_the_best() -> None:
+    progress = SweepProgress(40, lambda line: None, PLANNED, BUDGET)
+    progress.start("dense")
+    progress.finish("dense", 1.0, None, 2.0)
+    assert progress.best() is None and "best" not in progress.summary()
+    measured(progress)
+    assert progress.best().name == "linear:norm" and "best so far linear:norm" in progress.summary()
+
+
 def test_more_arms_than_rows_are_counted_instead() -> None:
-    progress = SweepProgress(5000, lambda line: None, [(f"arm {n}", 10) for n in range(500)], 10)
+    progress = SweepProgress(5000, lambda line: None, [(f"arm {n}", 10) for n in range(500)], Budget(10))
     assert any("... and 400" in line or "... and 408" in line for line in table(progress))
 
 
 def test_a_sweep_s_arms_are_points_that_tensorboard_reads(tmp_path: Path) -> None:
     for _ in range(2):
-        with SweepProgress(40, lambda line: None, PLANNED, 1_000_000, tmp_path) as progress:
+        with SweepProgress(40, lambda line: None, PLANNED, BUDGET, tmp_path) as progress:
             measured(progress)
     assert len(list(tmp_path.iterdir())) == 2, "two writers of one second have a file each"
     shown = scalars(tmp_path)
@@ -111,7 +122,7 @@ def test_a_sweep_s_arms_are_points_that_tensorboard_reads(tmp_path: Path) -> Non
 
 def test_trials_that_nobody_planned_are_expected_to_cost_the_budget() -> None:
     lines: list[str] = []
-    with SweepProgress(40, lines.append, budget=1_000_000) as progress:
+    with SweepProgress(40, lines.append, budget=BUDGET) as progress:
         progress.skip("earlier trials", 20)
         progress.start("trial 2", 1_000_000)
         progress.windows_done(10)

@@ -81,7 +81,7 @@ class Team:
         opener = self._opener(name, [])
         alone = [t for t in opener().get_trials(deepcopy=False) if t.value is not None and TASK not in t.user_attrs]
         tasks = [Task(str(i), f"trial {i}", points[i]) for i in range(len(alone), settings.trials)]
-        total, budget = settings.trials * len(windows), self.plan.budget.flops
+        total, budget = settings.trials * len(windows), self.plan.budget
         with Events(self.folder / EVENTS_FOLDER) as events, SweepProgress(total, self.say, budget=budget) as progress:
 
             def run(slot: Slot, trial: Trial, task: Task) -> float:
@@ -107,7 +107,7 @@ class Team:
             return store.load(task.label, prints[task.label]) is not None
 
         total, live = len(arms) * len(windows), [(arm.name, arm.arm.flops) for arm in arms]
-        with SweepProgress(total, self.say, live, self.plan.budget.flops, self.folder) as progress:
+        with SweepProgress(total, self.say, live, self.plan.budget, self.folder) as progress:
             for task in tasks:
                 if done(task):
                     progress.skip(task.label, len(windows))

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from simba_lab.budget import Budget
 from simba_lab.training.events import Events
 
 if TYPE_CHECKING:
@@ -51,17 +52,18 @@ class SweepProgress:
         say: prints a line where there is no terminal.
         planned: the arms that will come, with their FLOPs; others are added as they start. Without any, all that
             come are expected to cost the budget.
-        budget: FLOPs of one window that the arms should cost.
+        budget: what one window of an arm should cost; an arm that costs something else is never the best.
         folder: where the event file goes; None writes none.
     """
 
     def __init__(
         self, total: int, say: Callable[[str], None],
-        planned: Sequence[tuple[str, int]] = (), budget: int | None = None, folder: Path | None = None,
+        planned: Sequence[tuple[str, int]] = (), budget: Budget | None = None, folder: Path | None = None,
     ) -> None:  # fmt: skip
         self.total, self.say, self.budget = total, say, budget
         self.arms = {name: LiveArm(name, flops) for name, flops in planned}
-        self._planned = total * (sum(flops for _, flops in planned) / len(planned) if planned else budget or 0)
+        costs = [flops for _, flops in planned] or ([budget.flops] if budget else [0])
+        self._planned = total * sum(costs) / len(costs)
         self._done = self._measured = 0
         self._current: LiveArm | None = None
         self._started = time.monotonic()
@@ -99,7 +101,7 @@ class SweepProgress:
         """An arm, or several as one, that was measured before."""
         if windows:
             self._done += windows
-            arm = self.arms.setdefault(name, LiveArm(name, self.budget))
+            arm = self.arms.setdefault(name, LiveArm(name, self.budget and self.budget.flops))
             arm.state, arm.windows = "before", windows
             self._line(f"{name}: measured before")
 
@@ -111,9 +113,14 @@ class SweepProgress:
         self._line(f"{name}: {quality:.4f} nats/token, far {shown}, {seconds:.1f} s  ({self.summary()})")
 
     def best(self) -> LiveArm | None:
-        """The arm with the lowest NLL of those measured in this process."""
-        measured = [arm for arm in self.arms.values() if arm.quality is not None]
+        """The arm with the lowest NLL of those measured in this process at the budget."""
+        measured = [arm for arm in self.arms.values() if arm.quality is not None and self._is_matched(arm)]
         return min(measured, key=lambda arm: arm.quality, default=None)
+
+    def _is_matched(self, arm: LiveArm) -> bool:
+        if self.budget is None or arm.flops is None:
+            return True
+        return abs(self.budget.distance(arm.flops)) <= self.budget.tolerance
 
     def summary(self) -> str:
         """Share of the windows, time left, best so far, and FLOPs spent of those planned."""
@@ -133,7 +140,8 @@ class SweepProgress:
         if self._events is None:
             return
         values = {f"quality/{arm.name}": arm.quality, f"quality_far/{arm.name}": arm.far}
-        values |= {f"seconds/{arm.name}": arm.seconds, "best/quality": self.best().quality}
+        best = self.best()
+        values |= {f"seconds/{arm.name}": arm.seconds, "best/quality": best and best.quality}
         self._events.write({key: value for key, value in values.items() if value is not None}, self._done)
 
     def _line(self, line: str) -> None:
@@ -178,7 +186,7 @@ class SweepProgress:
             _number(arm.far, ".4f"),
             _number(gap, "+.4f"),
             _number(arm.flops and arm.flops / 1e9, ".4g"),
-            _number(arm.flops and self.budget and 100 * arm.flops / self.budget, ".2f", " %"),
+            _number(arm.flops and self.budget and 100 * arm.flops / self.budget.flops, ".2f", " %"),
             str(arm.windows or ""),
             _number(arm.seconds, ".1f"),
         ]

@@ -79,7 +79,7 @@ class _Sweep:
         names = [arm.name for arm in arms]
         study = open_arms_study(self.folder, names)
         total, live = len(arms) * len(self.measurement.windows), [(arm.name, arm.arm.flops) for arm in arms]
-        with SweepProgress(total, self.say, live, self.plan.budget.flops, self.folder) as progress:
+        with SweepProgress(total, self.say, live, self.plan.budget, self.folder) as progress:
             stored = [self._measure(arm, study, names, progress) for arm in arms]
         return self._write(planned, stored, search)
 

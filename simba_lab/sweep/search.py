@@ -101,13 +101,13 @@ def search_best_curve(
 
     def measure(point: dict[str, float], trial: Trial) -> float:
         name = f"trial {trial.number}"
-        progress.start(name, budget)
+        progress.start(name, budget.flops)
         measured = search.measure(point, weights, windows, progress.windows_done)
         progress.finish(name, measured["quality"], measured["far"], measured["seconds"])
         return search.note(trial, measured, events)
 
     study = open_study(folder, search.study_name(windows))
-    total, budget = settings.trials * len(windows), search.plan.budget.flops
+    total, budget = settings.trials * len(windows), search.plan.budget
     with Events(folder / EVENTS_FOLDER) as events, SweepProgress(total, say, budget=budget) as progress:
         progress.skip("earlier trials", len(windows) * sum(row["value"] is not None for row in trial_rows(study)))
         search_curves(study, search.anchors, search.names, settings.lowest, settings.trials, settings.seed, measure)
