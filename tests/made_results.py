@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 LAYERS, CONTEXT, BUDGET = 8, 960, 41_250_000_000
-BINS = [(1, 16), (17, 64), (65, 256), (257, 512), (513, 960), (None, None)]
+BINS = [(1, 16), (16, 64), (64, 256), (256, 512), (512, None), (None, None)]
 COUNTS = {
     "uniform": [CONTEXT] + [490] * 7,
     "linear": [960, 837, 713, 590, 466, 343, 219, 96],

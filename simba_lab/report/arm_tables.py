@@ -32,7 +32,7 @@ def arm_table(comparison: Comparison) -> str:
     caption = (
         "NLL and differences in nats/token, lower is better; in brackets the interval. \u2248 best: not separable from "
         "the best arm of that column. Faint differences may not be claimed: corrected p \u2265 0.05, or an interval "
-        "that holds zero. Keep is the share of the context that enters a layer, averaged over layers. "
+        "that holds zero. Keep is the share of the arm's own context that enters a layer, averaged over layers. "
         f"{escape(results['convention']).rstrip('.')}. Choose a column to sort by it. Every number leads to the "
         "configuration it was measured with, further down; an arm's name opens its run folder's own file."
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from simba_lab.report.curve_figures import telling
 from simba_lab.report.drawing import INK, WIDTH, Drawn, Figure, as_csv, canvas, draw
-from simba_lab.report.figures import Point, log_axis, points_of
+from simba_lab.report.figures import Point, log_axis, marks_of, points_of
 from simba_lab.report.folders import Comparison
 from simba_lab.report.marks import Marks
 from simba_lab.report.thinning import drawn
@@ -33,7 +33,7 @@ def context_figure(comparisons: Sequence[Comparison]) -> Figure | None:
     shown = _shown(comparisons)
 
     def build() -> Drawn:
-        marks = Marks([point.arm for point in points if _is_shown(point, shown)])
+        marks = marks_of(comparisons, [point for point in points if _is_shown(point, shown)])
         figure = canvas(WIDTH, marks.height(4.2))
         plain, far = figure.subplots(1, 2)
         hints = {}
@@ -79,7 +79,7 @@ def _draw(axes: Axes, points: Sequence[Point], marks: Marks, face: str) -> dict[
             gid = f"{face}-{index}-{place}"
             look = marks.of(point.arm)
             if point.interval:
-                axes.plot([point.x * shift] * 2, point.interval, color=look["color"], alpha=0.5, linewidth=1.4)
+                axes.plot([point.x * shift] * 2, point.interval, color=look["color"], alpha=0.65, linewidth=1.4)
             (line,) = axes.plot([point.x * shift], [point.y], linestyle="none", gid=gid, **look)
             line.set_url(point.url)
             hints[gid] = f"{point.arm['name']}, context of {point.x}: {number(point.y)} nats/token"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from simba_lab.report.drawing import INK, WIDTH, Drawn, Figure, as_csv, canvas, draw, tall_enough
 from simba_lab.report.folders import Comparison
-from simba_lab.report.marks import CONTROLS, curve_look, curve_looks
+from simba_lab.report.marks import CONTROLS, Marks, curve_look, curve_looks, dash
 from simba_lab.report.results import Arm, Results
 from simba_lab.report.thinning import drawn, told
 from simba_lab.report.wording import KINDS, shortened
@@ -93,12 +93,12 @@ def distance_figure(comparison: Comparison) -> Figure | None:
     def build() -> Drawn:
         figure = canvas(WIDTH, tall_enough(4.2, len(shown)))
         absolute, relative = figure.subplots(1, 2)
-        looks = curve_looks([arm["kind"] for arm in shown])
-        for arm, look in zip(shown, looks, strict=True):
+        marks = Marks(results["arms"])
+        for index, arm in enumerate(shown):
             values = [row["nll"] for row in arm["by_distance"]]
             base = [row["nll"] for row in first["by_distance"]]
             gaps = [None if v is None or b is None else v - b for v, b in zip(values, base, strict=True)]
-            look = {**look, "url": f"#{comparison.anchor(arm)}"}
+            look = marks.of(arm) | {"markersize": 5.5, "linestyle": dash(index), "url": f"#{comparison.anchor(arm)}"}
             _bin_line(absolute, values, {**look, "label": shortened(arm["name"], 28)})
             _bin_line(relative, gaps, look)
         labels = [f"{_bin_name(row)}\n{row['tokens']}" for row in first["by_distance"]]
@@ -124,12 +124,15 @@ def _bins(arm: Arm) -> list[tuple[Any, Any]]:
 
 
 def _bin_name(row: Mapping[str, Any]) -> str:
+    """The distances of a group, whose ``high`` is not among them."""
     low, high = row["low"], row["high"]
     if low is None and high is None:
         return "never"
     if high is None:
         return f"\u2265 {low:g}"
-    return f"\u2264 {high:g}" if low is None else f"{low:g}\u2013{high:g}"
+    if low is None:
+        return f"< {high:g}"
+    return f"{low:g}" if high == low + 1 else f"{low:g}\u2013{high - 1:g}"
 
 
 def _bin_line(axes: Axes, values: Sequence[float | None], look: Mapping[str, Any]) -> None:
@@ -165,20 +168,22 @@ def search_figure(comparison: Comparison) -> Figure | None:
     done = [t for t in search["trials"] if t["value"] is not None] if search else []
     if not done:
         return None
-    key, title = f"{comparison.prefix}search", "Search for the keep curve"
+    key, title, measure = f"{comparison.prefix}search", "Search for the keep curve", _measure(results)
 
     def build() -> Drawn:
         figure = canvas(WIDTH, 3.9)
         values, curves = figure.subplots(1, 2)
         hints = _trial_points(values, done, f"#{comparison.anchor()}")
+        values.set(title="trials", xlabel="trial", ylabel=f"{measure} (nats/token)")
         _best_curve(curves, results, next((t for t in done if t["number"] == search["best"]), None))
         figure.legend(loc="outside right upper")
         return figure, hints
 
     caption = (
-        f"Left: NLL in nats/token of the {len(done)} finished trials in the order they were run, and the lowest so "
-        "far. Right: context tokens entering each layer in the best trial, beside the linear schedule at the same "
-        "budget. The best of many trials is flattered by the choice; its own arm in the table is what counts."
+        f"Left: {measure} in nats/token of the {len(done)} finished trials{_where(search)} in the order they were run, "
+        "and the lowest so far. Right: context tokens entering each layer in the best trial, beside the linear "
+        "schedule at the same budget. The best of many trials is flattered by the choice; its own arm in the table is "
+        "what counts."
     )
     if len(done) > MOST_TRIALS:
         caption += f" Of the trials every {_every(done)}th is drawn, the line is that of all; the CSV has all."
@@ -186,6 +191,17 @@ def search_figure(comparison: Comparison) -> Figure | None:
     layers = max(len(t["keep_counts"] or []) for t in search["trials"])
     table = as_csv(["trial", "value", "state", *(f"layer_{layer}" for layer in range(layers))], rows)
     return Figure(key, title, caption, draw(key, title, build), table)
+
+
+def _measure(results: Results) -> str:
+    """What the search lowers."""
+    far = (results["config"].get("search") or {}).get("objective") == "quality_far"
+    return "far-token NLL" if far else "suffix NLL"
+
+
+def _where(search: Mapping[str, Any]) -> str:
+    """The windows that trials are judged on, where the file says."""
+    return f" on {search['windows']:,} {search['split']} windows" if {"windows", "split"} <= search.keys() else ""
 
 
 def _every(trials: Sequence[Mapping[str, Any]]) -> int:
@@ -209,7 +225,6 @@ def _trial_points(axes: Axes, trials: Sequence[Mapping[str, Any]], url: str) -> 
         look = curve_look(0) | {"linestyle": "none"}
         axes.plot([trial["number"]], [trial["value"]], gid=gid, url=url, **look)
         hints[gid] = f"trial {trial['number']}: {trial['value']:.4f} nats/token"
-    axes.set(title="trials", xlabel="trial", ylabel="NLL (nats/token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return hints
 

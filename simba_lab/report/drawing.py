@@ -1,7 +1,8 @@
 """From a matplotlib figure to an SVG that fits a light page, a dark page and a greyscale print.
 
 Lines and text that carry no colour of their own are drawn in a sentinel colour that becomes `currentColor`, so they
-take the page's text colour. Text stays text: it can be searched, selected and restyled.
+take the page's text colour; the report's colours become variables of the page, with themselves for a picture that is
+saved apart from it. Text stays text: it can be searched, selected and restyled.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 INK = "#010203"
+# Okabe and Ito's colours without the yellow, which is lost on white. A dark page has lighter ones of the same order.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 WIDTH = 10.5  # inches; with 9 point text, what a page of 1100 pixels shows at about 13 pixels
 
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
@@ -118,6 +121,8 @@ def _for_a_page(svg: str, key: str, label: str, hints: Mapping[str, str]) -> str
     # A style element inside one figure would hold for the whole page; on the root element it is inherited instead.
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", svg, count=1, flags=re.S)
     svg = svg.replace(INK, "currentColor").replace("'DejaVu Sans'", _FONTS)
+    for number, colour in enumerate(COLOURS):
+        svg = svg.replace(colour, f"var(--c{number}, {colour})")
     svg = re.sub(r'\bid="', f'id="{key}-', svg)
     svg = svg.replace("url(#", f"url(#{key}-")
     # Glyphs and markers are found inside the figure; a link leads to the page's own configurations.

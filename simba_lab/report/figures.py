@@ -65,7 +65,7 @@ def flops_figure(comparisons: Sequence[Comparison], face: str, key: str = "") ->
 
     def build() -> Drawn:
         shown = drawn_of(points)
-        marks = Marks([point.arm for point in shown])
+        marks = marks_of(comparisons, shown)
         figure = canvas(WIDTH, marks.height(4.4, joined=True))
         everything, inside = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
         hints = _all_arms(everything, comparisons, shown, marks)
@@ -86,6 +86,11 @@ def drawn_of(points: Sequence[Point]) -> list[Point]:
     owners = {id(point.owner): point.owner for point in points}
     names = {key: {arm["name"] for arm in drawn(owner)} for key, owner in owners.items()}
     return [point for point in points if point.arm["name"] in names[id(point.owner)]]
+
+
+def marks_of(comparisons: Sequence[Comparison], shown: Sequence[Point]) -> Marks:
+    """The looks of all arms, with a legend of those shown."""
+    return Marks([arm for one in comparisons for arm in one.results["arms"]], [point.arm for point in shown])
 
 
 def _at_budget(point: Point, results: Results) -> bool:
@@ -152,7 +157,7 @@ def _markers(axes: Axes, points: Sequence[Point], x: Sequence[float], marks: Mar
     for index, (point, where) in enumerate(zip(points, x, strict=True)):
         look, gid = marks.of(point.arm), f"{prefix}-{index}"
         if point.interval:
-            axes.plot([where, where], point.interval, color=look["color"], alpha=0.45, linewidth=1.2)
+            axes.plot([where, where], point.interval, color=look["color"], alpha=0.65, linewidth=1.2)
         (line,) = axes.plot([where], [point.y], linestyle="none", gid=gid, **look)
         line.set_url(point.url)
         hints[gid] = f"{point.arm['name']}: {number(point.y)} nats/token, {point.arm['flops'] / 1e9:.4g} GFLOPs"
@@ -184,9 +189,8 @@ def _flops_caption(results: Results, far: bool) -> str:
 
 def _far_text(results: Results) -> str:
     distance = results.get("far_distance")
-    beyond = (
-        f"more than {distance:g} positions before the boundary" if distance else "beyond the shorter context's reach"
-    )
+    beyond = f"more than {distance:g} positions before the end of the context"
+    beyond = beyond if distance else "beyond the shorter context's reach"
     return f"NLL in nats/token of the {results['far_tokens']} far tokens: those that last occurred {beyond}."
 
 
@@ -213,7 +217,7 @@ def seconds_figure(comparisons: Sequence[Comparison]) -> Figure | None:
 
     def build() -> Drawn:
         shown = drawn_of(points)
-        marks = Marks([point.arm for point in shown])
+        marks = marks_of(comparisons, shown)
         figure = canvas(WIDTH, marks.height(3.9, joined=True))
         axes, seconds = figure.subplots(), [point.x for point in shown]
         _dense_lines(axes, shown, seconds)

@@ -32,7 +32,7 @@ def forest_figure(comparison: Comparison) -> Figure | None:
 
     def build() -> Drawn:
         figure = canvas(WIDTH, 1.1 + 0.24 * len(rows))
-        marks, hints = Marks([first, *rows]), {}
+        marks, hints = Marks(results["arms"]), {}
         plain, far = figure.subplots(1, 2, sharey=True)
         for axes, is_far, name in ((plain, False, "all suffix tokens"), (far, True, "far tokens")):
             hints |= _forest(axes, comparison, rows, is_far, marks)

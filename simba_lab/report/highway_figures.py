@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from simba_lab.report.drawing import INK, WIDTH, Drawn, Figure, as_csv, canvas, draw
-from simba_lab.report.marks import COLOURS, curve_look
+from simba_lab.report.drawing import COLOURS, INK, WIDTH, Drawn, Figure, as_csv, canvas, draw
+from simba_lab.report.marks import curve_look
 from simba_lab.report.wording import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure as Canvas
 
 MOST_LABELLED = 16  # layers; more rows leave no room for numbers in the cells
 PANELS = 3  # in one row
+SHADES = 24  # of the heat maps
 NAN = float("nan")
 
 Highways = Mapping[str, Any]
@@ -69,13 +71,13 @@ def redundancy_figure(highways: Highways) -> Figure:
             look = curve_look(index)
             name = shortened(arm["name"])
             axes.plot(_numbers(arm["neighbour_similarity"]), label=name, **look)
-            faint = {"color": look["color"], "linestyle": ":", "linewidth": 1}
+            faint = look | {"linestyle": ":", "linewidth": 1, "markersize": 3, "fillstyle": "none"}
             axes.plot(_numbers(arm["any_pair_similarity"]), label="any two tokens" if index == 0 else None, **faint)
         return _legend(figure)
 
     caption = (
         "Mean cosine similarity (no unit, -1 to 1) of the residual-stream vectors, at the input of each layer, of "
-        "context tokens next to each other among those that enter it. Dotted, in the arm's colour: the mean over all "
+        "context tokens next to each other among those that enter it. Dotted, the marker open: the mean over all "
         "pairs of these tokens, which neighbours must exceed to be alike because they are neighbours. "
         + _over(highways)
     )
@@ -127,12 +129,14 @@ def flow_figure(highways: Highways) -> Figure:
     def build() -> Drawn:
         down, across = -(-len(arms) // PANELS), min(PANELS, len(arms))
         figure = canvas(WIDTH, down * (1.4 + min(layers, 2 * MOST_LABELLED) * 0.26))
-        panels = figure.subplots(down, across, squeeze=False).flat
-        most = max(share for arm in arms for row in arm["share"] for share in row)
+        panels = list(figure.subplots(down, across, squeeze=False).flat)
+        most = 100 * max(share for arm in arms for row in arm["share"] for share in row)
         for panel, arm in zip(panels, arms, strict=False):
-            _heat(panel, arm, names, most)
-        for panel in list(panels)[len(arms) :]:
+            shades = _heat(panel, arm, names, most)
+        for panel in panels[len(arms) :]:
             panel.set_axis_off()
+        bar = figure.colorbar(shades, ax=panels, label="share (%)", fraction=0.03, aspect=30)
+        bar.outline.set_visible(False)
         return figure, {}
 
     caption = (
@@ -146,13 +150,14 @@ def flow_figure(highways: Highways) -> Figure:
     return Figure(key, title, caption, draw(key, title, build), table)
 
 
-def _heat(axes: Axes, arm: Mapping[str, Any], names: Sequence[str], most: float) -> None:
-    """One arm: layers upwards, distances to the right, the same colour thinner for less, full at ``most``."""
+def _heat(axes: Axes, arm: Mapping[str, Any], names: Sequence[str], most: float) -> QuadMesh:
+    """One arm: layers upwards, distances to the right, the same colour thinner for less, full at ``most`` percent."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
     colour = to_rgb(COLOURS[0])
-    shades = LinearSegmentedColormap.from_list("share", [(*colour, 0.0), (*colour, 0.75)])
-    axes.pcolormesh(arm["share"], cmap=shades, vmin=0, vmax=most or 1, edgecolors="none")
+    shades = LinearSegmentedColormap.from_list("share", [(*colour, 0.0), (*colour, 0.75)], N=SHADES)
+    shares = [[100 * share for share in row] for row in arm["share"]]
+    mesh = axes.pcolormesh(shares, cmap=shades, vmin=0, vmax=most or 1, edgecolors="none")
     axes.grid(False)
     if len(arm["share"]) <= MOST_LABELLED:
         for layer, row in enumerate(arm["share"]):
@@ -166,6 +171,7 @@ def _heat(axes: Axes, arm: Mapping[str, Any], names: Sequence[str], most: float)
     layers = range(0, len(arm["share"]), step)
     axes.set_yticks([layer + 0.5 for layer in layers], [str(layer) for layer in layers])
     axes.set_ylabel("layer")
+    return mesh
 
 
 def reach_figure(highways: Highways) -> Figure:

@@ -105,7 +105,7 @@ def _sections(gathered: Gathered) -> list[tuple[str, str, str]]:
         ("importance", "Importance of the parameters", each(_importance)),
         ("unequal", "Unequal budget", _unequal(gathered)),
         ("made", "How it was made", each(provenance, everything)),
-        ("limits", "Limits", each(lambda one: limits(one.results))),
+        ("limits", "Limits", each(limits)),
     ]
 
 

@@ -6,9 +6,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from simba_lab.report.drawing import WIDTH, Drawn, Figure, as_csv, canvas, draw
+from simba_lab.report.drawing import COLOURS, WIDTH, Drawn, Figure, as_csv, canvas, draw
 from simba_lab.report.folders import Comparison
-from simba_lab.report.marks import COLOURS
 from simba_lab.report.results import Arm
 from simba_lab.report.wording import shortened
 

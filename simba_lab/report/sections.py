@@ -8,7 +8,7 @@ from typing import Any
 
 from simba_lab.report.folders import Comparison, Skipped
 from simba_lab.report.markup import breakable, escape
-from simba_lab.report.results import Arm, Results
+from simba_lab.report.results import Arm
 from simba_lab.report.wording import gflops
 
 
@@ -42,7 +42,7 @@ def _answer(comparison: Comparison, face: str, text: str, best: str | None) -> s
 
 def _sentence(text: str, url: str | None) -> str:
     """The sentence with its measured numbers leading to the configuration of the best arm."""
-    shown = escape(text).replace(" %", "&nbsp;%")
+    shown = escape(text).replace(" %", "&nbsp;%").replace("p = ", "p&nbsp;=&nbsp;")
     return re.sub(r"(?<![\w.=(&#])[+-]?\d+\.\d+(?![\w.)])", lambda found: _linked(found[0], url), shown)
 
 
@@ -58,8 +58,9 @@ def left_out(skipped: Sequence[Skipped]) -> str:
     return f'<ul class="left-out">{rows}</ul>'
 
 
-def limits(results: Results) -> str:
+def limits(comparison: Comparison) -> str:
     """What these numbers cannot carry, as far as the results themselves tell."""
+    results, url = comparison.results, f"#{comparison.anchor()}"
     arms = results["arms"]
     scored = results["windows"] * results["n_suffix"]
     tied = len(results["conclusion"]["not_separable"])
@@ -75,7 +76,8 @@ def limits(results: Results) -> str:
         "run of the same model may shift every number.",
         "Wall-clock was taken once per arm on the machine named above and carries no interval.",
     ]
-    return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in said if text) + "</ul>"
+    linked = (re.sub(r"\d[\d,.]*\d|\d", lambda found: _linked(found[0], url), escape(text)) for text in said if text)
+    return "<ul>" + "".join(f"<li>{text}</li>" for text in linked) + "</ul>"
 
 
 def _seed_spread(arms: Sequence[Arm]) -> str:
