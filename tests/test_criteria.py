@@ -27,8 +27,9 @@ OPTIONS = {
     "query_impact": [{}, {"queries": 5, "probes": 2, "reduce": "l2"}],
     "output_impact": [{}, {"reduce": "max", "gated": True}],
     "banded_impact": [{}, {"first": 3, "falloff": 0}],
+    "blocks": [{"size": 4}, {"criterion": "random", "size": 3, "pool": "max"}],
 }
-BEYOND_TOKENS = ("query_impact", "output_impact", "banded_impact")
+BEYOND_TOKENS = ("query_impact", "output_impact", "banded_impact", "blocks")
 """Criteria that cost more, or less, than so much per token; tests/test_own_criteria.py says what."""
 SPECS = [{"class_path": name, "init_args": options} for name, variants in OPTIONS.items() for options in variants]
 every_criterion = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec['class_path']}-{spec['init_args']}")

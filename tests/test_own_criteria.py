@@ -174,11 +174,50 @@ def test_equal_impacts_rank_the_later_first_and_no_number_last() -> None:
     assert select_index(criterion.score(still), 5).tolist() == [[6, 7, 8, 9, 11]]
 
 
+# blocks
+
+
+@every_generation
+@pytest.mark.parametrize("pool", ["mean", "max"])
+@pytest.mark.parametrize("size", [1, 2, 5, 64])
+def test_blocks_are_ranked_by_what_their_tokens_are_worth(generation: str, size: int, pool: str) -> None:
+    """Positions 1, 3, ..: tokens of a block that are gone do not count."""
+    given = GENERATIONS[generation]()
+    scores = build("blocks", criterion="norm", size=size, pool=pool).score(given)
+    single, boundary = build("norm").score(given), int(given.positions[0, -1])
+    block = [(boundary - position) // size for position in given.positions[0].tolist()]
+    for row, t in itertools.product(range(2), range(19)):
+        of_block = [float(single[row, u]) for u in range(19) if block[u] == block[t]]
+        expected = max(of_block) if pool == "max" else sum(of_block) / len(of_block)
+        assert float(scores[row, t]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_only_one_block_is_cut(pool: str) -> None:
+    """100 tokens from the boundary back in blocks of 8, the oldest of 4: 41 of them are 5 whole blocks and 1 token."""
+    given = signals(batch=2, tokens=100, channels=2, states=2)
+    given = dataclasses.replace(given, positions=torch.arange(100).expand(2, 100))
+    kept = select_index(build("blocks", size=8, pool=pool).score(given), 41)
+    for row in kept.tolist():
+        sizes = [sum((99 - t) // 8 == block for t in row) for block in range(13)]
+        whole = [8] * 12 + [4]
+        assert sum(0 < size < full for size, full in zip(sizes, whole, strict=True)) <= 1
+        assert sizes[0] == 8 or max(sizes[0], 1) == 1, "the boundary's own block competes like the others"
+
+
+def test_a_long_context_of_equal_tokens_has_equal_blocks() -> None:
+    given = signals(batch=1, tokens=4096, channels=2, states=2, dtype=torch.float32)
+    given = dataclasses.replace(given, hidden=torch.full((1, 4096, 5), 0.1))
+    scores = build("blocks", criterion="norm", size=7).score(given)
+    torch.testing.assert_close(scores, build("norm").score(given), rtol=1e-6, atol=0)
+
+
 # What all of them must be
 
 OPTIONS = [
     ("query_impact", {}), ("query_impact", {"queries": 6, "probes": 4, "reduce": "l2"}), ("output_impact", {}),
     ("output_impact", {"reduce": "max", "gated": True}), ("banded_impact", {}), ("banded_impact", {"reduce": "l2"}),
+    ("blocks", {"size": 8}), ("blocks", {"size": 4, "pool": "max"}),
 ]  # fmt: skip
 every_criterion = pytest.mark.parametrize(("name", "options"), OPTIONS)
 SHAPES = [ScoredShape(tokens, 9, 12, 5) for tokens in (1, 2, 5, 40)] + [ScoredShape(40, 9, 12, 5, 4, 2)]
@@ -199,6 +238,8 @@ def test_the_closed_form_charges_what_runs(name: str, options: dict, shape: Scor
     expected = measure.measured_flops(criterion, shape) - beside * min(options.get("probes", 1), tokens)
     if name == "banded_impact":
         expected += 2 * (cost.select(tokens) - tokens)
+    if name == "blocks":
+        expected += (1 if "pool" in options else 2) * tokens * (tokens.bit_length() - 1)
     if name == "output_impact":
         expected += 2 * 9 * 12 + (2 * 12 if shape.n_heads else 0)
     assert criterion.flops(shape) == expected
@@ -245,6 +286,9 @@ def test_the_gpu_kernels_take_what_they_are_given(name: str, options: dict, gene
         ("banded_impact", {"first": 2.5}, "first must be an integer"),
         ("banded_impact", {"falloff": -0.1}, "falloff must lie in [0, 8], got -0.1"),
         ("banded_impact", {"falloff": "half"}, "falloff must lie"),
+        ("blocks", {"size": 0}, "size must be an integer of at least 1, got 0"),
+        ("blocks", {"pool": "sum"}, "pool must be mean or max, got 'sum'"),
+        ("blocks", {"criterion": "no_such"}, "no_such"),
     ],
 )
 def test_a_wrong_option_is_named(name: str, options: dict, says: str) -> None:

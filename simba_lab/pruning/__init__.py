@@ -1,5 +1,6 @@
 """Token pruning: criteria score, keep schedules count, selection picks."""
 
+from simba_lab.pruning.blocks import Blocks
 from simba_lab.pruning.calibrated import Calibrated
 from simba_lab.pruning.criteria import CRITERIA, Criterion, ScoredShape, Signals
 from simba_lab.pruning.impact import BandedImpact, OutputImpact, QueryImpact
@@ -11,6 +12,7 @@ __all__ = [
     "CRITERIA",
     "SCHEDULES",
     "BandedImpact",
+    "Blocks",
     "Calibrated",
     "Criterion",
     "KeepSchedule",
