@@ -21,11 +21,12 @@ from simba_lab.training.lightning_cli import run_cli
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(ROOT.glob("experiments/**/*.yaml"))
-SWEEPS = sorted(ROOT.glob("sweeps/*.yaml"))
+SWEEPS = sorted(ROOT.glob("sweeps/**/*.yaml"))
 SMALL = {
     "model.model.d_model": 16, "model.model.n_layer": 2, "model.model.d_state": 4, "trainer.accelerator": "cpu",
     "trainer.max_steps": 2, "trainer.val_check_interval": 1, "trainer.limit_val_batches": 1,
-    "trainer.limit_test_batches": 1, "checkpoint.every_n_steps": 1,
+    "trainer.limit_test_batches": 1, "checkpoint.every_n_steps": 1, "trainer.devices": 1, "trainer.strategy": "auto",
+    "trainer.accumulate_grad_batches": 1,
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def sections(values: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ..
 
 
 def test_there_is_something_to_test() -> None:
-    assert {"base", "small", "recall"} <= {path.stem for path in EXPERIMENTS}
+    assert {"base", "small", "recall", "fsdp-2.8b"} <= {path.stem for path in EXPERIMENTS}
     assert {"hierarchy_ablation", "keep_curve"} <= {path.stem for path in SWEEPS}
 
 

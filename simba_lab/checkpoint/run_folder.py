@@ -17,15 +17,19 @@ from simba_lab.model import LanguageModel
 SPEC_FILE = "model.json"
 
 
-def save_model(folder: Path, model: LanguageModel) -> None:
-    """Write spec and weights into ``folder``, each whole or not at all. A tied head is stored once."""
-    write_safetensors(folder / SAFETENSORS_FILE, plain_weights(model))
+def save_model(folder: Path, model: LanguageModel, weights: dict[str, Tensor] | None = None) -> None:
+    """Write spec and weights into ``folder``, each whole or not at all. A tied head is stored once.
+
+    ``weights`` by name, where this process has only a part of the model's own.
+    """
+    write_safetensors(folder / SAFETENSORS_FILE, plain_weights(model, weights))
     write_json(folder / SPEC_FILE, model_spec(model))
 
 
-def plain_weights(model: LanguageModel) -> dict[str, Tensor]:
-    """Weights by name on the CPU, a tied head left out."""
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+def plain_weights(model: LanguageModel, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Weights by name on the CPU, a tied head left out; the model's own unless given."""
+    named = model.state_dict() if weights is None else weights
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in named.items()}
     if model.config.tie_embeddings:
         del weights[HEAD]
     return weights

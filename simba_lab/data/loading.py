@@ -72,6 +72,11 @@ class EpochLoader(DataLoader):
 
     place = (0, 0)
 
+    @property
+    def global_batch(self) -> int:
+        """Items that all processes together take at once."""
+        return self.batch_size * getattr(self.sampler, "num_replicas", 1)
+
     def __iter__(self) -> Iterator[Any]:
         # With overfit_batches Lightning puts a sequential sampler here.
         if isinstance(self.sampler, EpochShuffle):
@@ -82,13 +87,31 @@ class EpochLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and the batches of it handed out so far."""
+        """The epoch, and how many of its items all processes have been handed so far; any number may go on there."""
         epoch, batches = self.place
-        return {"epoch": epoch, "batches": batches}
+        return {"epoch": epoch, "items": batches * self.global_batch, "global_batch": self.global_batch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Lets the next pass begin at a saved place."""
-        self.place = (state_dict["epoch"], state_dict["batches"])
+        """Lets the next pass begin at a saved place.
+
+        Raises:
+            InputError: It was reached by global batches of another size, so that the next one would be another.
+        """
+        if "batches" in state_dict:  # a checkpoint from before places were kept in items
+            self.place = (state_dict["epoch"], state_dict["batches"])
+            return
+        saved, ours = state_dict["global_batch"], self.global_batch
+        if saved != ours:
+            raise InputError(_other_batch(saved, self.batch_size, ours // self.batch_size))
+        self.place = (state_dict["epoch"], state_dict["items"] // ours)
+
+
+def _other_batch(saved: int, batch_size: int, processes: int) -> str:
+    fitting = f"set data.batch_size to {saved // processes}" if saved % processes == 0 else "change the devices"
+    return (
+        f"ckpt_path: the run trained on {saved} examples at once, data.batch_size {batch_size} in {processes} "
+        f"process{'es' if processes > 1 else ''} makes {batch_size * processes}; to resume exactly, {fitting}"
+    )
 
 
 def training_loader(

@@ -15,7 +15,8 @@ class ResumableData(LightningDataModule, ABC):
     """A data module with the splits `train`, `validation` and `test`.
 
     The place in the training order is saved with the module as well as with the loader: Lightning restores a loader
-    only from checkpoints made within an epoch, a module from those made at its end too.
+    only from checkpoints made within an epoch, a module from those made at its end too. It is kept in examples, so that
+    another number of processes may continue with the same global batch.
 
     Args:
         batch_size: Examples per batch and process.

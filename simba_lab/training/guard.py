@@ -17,6 +17,7 @@ from simba_lab.model.lm import Output
 from simba_lab.pruning import Criterion, PruningPlan, ScoredShape, Signals
 from simba_lab.pruning.criteria import checked_scores
 from simba_lab.pruning.measure import check_measured
+from simba_lab.training.sharding import sharded
 
 
 class FiniteGuard(Callback):
@@ -55,6 +56,8 @@ class FiniteGuard(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Before the file is written: a checkpoint that is not finite must not take the place of one that is."""
         name = first_bad_weight(pl_module.lm)
+        if trainer.world_size > 1 and not trainer.strategy.reduce_boolean_decision(name is None, all=True):
+            name = name or "of another process"
         if name is not None:
             self._stop(trainer, f"the weight {name} is not finite after step {trainer.global_step}")
 
@@ -67,7 +70,7 @@ class FiniteGuard(Callback):
         if trainer.world_size > 1:  # all processes stop together, or those that go on would wait for the others
             good = trainer.strategy.reduce_boolean_decision(good, all=True)
         if not good:
-            place = diagnosis(module.step.loss, self._batch)
+            place = "the weights are divided" if sharded(trainer) else diagnosis(module.step.loss, self._batch)
             which = f"step {step}" if step >= 0 else "a step of another process"
             self._stop(trainer, f"the loss of {which} is not finite: {place}")
 

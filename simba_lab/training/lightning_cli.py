@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from simba_lab.errors import InputError
 from simba_lab.files import clear_partial
 from simba_lab.model import LanguageModel
+from simba_lab.training import sharding
 from simba_lab.training.events import EventsLogger
 from simba_lab.training.folder import disk_errors, only_one
 from simba_lab.training.guard import FiniteGuard
@@ -105,15 +106,24 @@ class Cli(LightningCLI):
             kwargs["logger"] = [MetricsFile(folder), EventsLogger(folder)]
         if config.trainer.plugins is None:
             kwargs["plugins"] = [WholeCheckpoints()]
+        if config.trainer.strategy == sharding.NAME:
+            kwargs["strategy"] = sharding.ShardedLayers()
+        sharding.check_strategy(self._get(self.config_init, "trainer")["strategy"])
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
         """Takes the run folder, in which a killed fit may have left half a file."""
+        sharding.check_device(self.trainer)
         if self.trainer.is_global_zero:
             folder = Path(self.trainer.default_root_dir)
             self.held.enter_context(only_one(folder, "trainer.default_root_dir", "fit"))
             for place in (folder, folder / "checkpoints"):
                 clear_partial(place)
+
+    def before_validate(self) -> None:
+        sharding.check_device(self.trainer)
+
+    before_test = before_predict = before_validate
 
     def after_fit(self) -> None:
         """Completes the record; held-out quality in bits per byte beside a compressor's on the same text."""

@@ -24,8 +24,11 @@ from simba_lab.model import LanguageModel, ModelConfig
 from simba_lab.pruning import PruningPlan
 from simba_lab.training.graphs import Step
 from simba_lab.training.loss import IGNORED, TokenLoss
+from simba_lab.training.sharding import clip_by_norm, plain_name, sharded
 
 LEDGER_KEY = "simba_lab_ledger"
+FREE_MATRICES = ("A_log", "embedding.weight", "lm_head.weight")
+"""Parameters of two dimensions that weight decay leaves alone."""
 
 
 class PartSpec:
@@ -103,6 +106,10 @@ class LanguageModeling(LightningModule):
             plan = PruningPlan.build(model.n_layer, criterion, schedule, pruning.mean_keep, pruning.protect_recent)
             plan.schedule.counts(model.n_layer, pruning.n_context)
         self.lm = LanguageModel(model, plan, backend, seed)
+        # Told from shapes, which a strategy that divides the weights among processes changes.
+        self.parameter_count = sum(parameter.numel() for parameter in self.lm.parameters())
+        named = self.lm.named_parameters()
+        self._decayed = {name for name, weight in named if weight.dim() >= 2 and not name.endswith(FREE_MATRICES)}
         self.ledger = Ledger()
         self.tokens_seen = 0
         self.step = Step(TokenLoss(self.lm, pruning.n_context if pruning else None), self.ledger, cuda_graphs)
@@ -143,8 +150,12 @@ class LanguageModeling(LightningModule):
     ) -> None:
         """As Lightning, which under autocast refuses a fused optimiser: fused ones undo fp16's loss scaling themselves.
 
-        Where nothing is scaled nothing stands in the way, and the fused optimiser is never built where it is.
+        Where nothing is scaled nothing stands in the way, and the fused optimiser is never built where it is. Nor does
+        Lightning clip by the norm of gradients that are divided among processes.
         """
+        if gradient_clip_val and sharded(self.trainer) and gradient_clip_algorithm in (None, "norm"):
+            clip_by_norm(self.trainer, gradient_clip_val)
+            return
         if not any(group.get("fused") for group in optimizer.param_groups):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
@@ -201,8 +212,7 @@ class LanguageModeling(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         decayed, free = [], []
         for name, parameter in self.lm.named_parameters():
-            matrix = parameter.dim() >= 2 and not name.endswith(("A_log", "embedding.weight", "lm_head.weight"))
-            (decayed if matrix else free).append(parameter)
+            (decayed if plain_name(name) in self._decayed else free).append(parameter)
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": free, "weight_decay": 0.0}]
         fused = True if self._can_fuse() else None
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=fused)

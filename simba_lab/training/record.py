@@ -15,6 +15,7 @@ from simba_lab.environment import command_line, describe
 from simba_lab.files import write_json, writing
 from simba_lab.kernels.cost import CONVENTION
 from simba_lab.training.loggers import FolderLogger
+from simba_lab.training.sharding import whole_weights
 from simba_lab.training.stopping import asked_to_stop
 
 METRICS_FILE, RUN_FILE = "metrics.jsonl", "run.json"
@@ -118,8 +119,9 @@ class RunRecord(Callback):
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._complete = True
+        weights = whole_weights(trainer)
         if trainer.is_global_zero:
-            save_model(Path(trainer.default_root_dir), pl_module.lm)
+            save_model(Path(trainer.default_root_dir), pl_module.lm, weights)
             self._write(trainer, pl_module, "done")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -137,7 +139,7 @@ class RunRecord(Callback):
             "training_flops": ledger.total,
             "training_flops_by_op": ledger.by_op(),
             "convention": CONVENTION,
-            "parameters": sum(p.numel() for p in module.lm.parameters()),
+            "parameters": module.parameter_count,
             "backend": module.lm.backend.name,
             "processes": trainer.world_size,
             "cuda_graphs": module.step.reason or "on",
