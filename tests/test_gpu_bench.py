@@ -275,13 +275,16 @@ def test_slicing_for_free_is_the_dense_pass_where_nothing_is_dropped() -> None:
 def test_training_times_whole_steps_and_pruned_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "WARMUP", 1), monkeypatch.setattr(training, "STRETCH", 1)
     monkeypatch.setattr(training, "STEPS", 5)
-    case = training.TrainingCase(TINY, 2, 16)
+    case = training.TrainingCase(TINY, 2, 16, deterministic=True)
     result = session("auto").bench("train", [case], training.measure_training)
-    dense, pruned = result["lines"]
+    dense, pruned, same_bits = result["lines"]
     assert result["exit_code"] == 0, result["lines"]
     assert dense["unit"] == "tokens/s" and dense["ours"] > 0 and dense["target"]["value"] == 1.5
     promised = pruned["note"].split()[-1]
     assert 1.1 < float(promised.removesuffix("x")) < 2 and pruned["target"]["value"] == 0.9
+    assert same_bits["what"].endswith("dense, deterministic") and same_bits["theirs"] == pytest.approx(dense["ours"])
+    assert same_bits["figure"] == pytest.approx(same_bits["ours"] / dense["ours"])
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_decoding_goes_on_from_the_pruned_state(monkeypatch: pytest.MonkeyPatch) -> None:

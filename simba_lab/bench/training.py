@@ -6,6 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,13 +37,14 @@ _LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """A model and ``batch`` windows of ``length`` tokens."""
+    """A model and ``batch`` windows of ``length`` tokens; ``deterministic``: also what bit-equal runs cost."""
 
     config: ModelConfig
     batch: int
     length: int
     dense: Target = Target(1.5)
     promise: Target = Target(0.9)
+    deterministic: bool = False
 
     @property
     def what(self) -> str:
@@ -92,6 +94,9 @@ def measure_training(case: TrainingCase, session: Session) -> Iterator[Line]:
     line = throughput(f"training, {case.what}, dense", tokens, dense, peer_name("mamba-ssm"), theirs, case.dense, least)
     yield replace(line, note=line.note or f"loss {loss:.2f} after {STEPS} steps on random tokens")
     yield _pruned_line(case, batches, session, dense)
+    if case.deterministic:
+        same_bits, _ = _ours(case, batches, session, None, deterministic=True)
+        yield throughput(f"training, {case.what}, dense, deterministic", tokens, same_bits, "as it is", dense)
 
 
 def _pruned_line(case: TrainingCase, batches: list[dict[str, Tensor]], session: Session, dense: Timing) -> Line:
@@ -114,23 +119,34 @@ def _pruned_line(case: TrainingCase, batches: list[dict[str, Tensor]], session: 
 
 
 def _ours(
-    case: TrainingCase, batches: list[dict[str, Tensor]], session: Session, pruning: PrunedTraining | None
-) -> tuple[Timing, float]:
+    case: TrainingCase, batches: list[dict[str, Tensor]], session: Session, pruning: PrunedTraining | None,
+    deterministic: bool = False,
+) -> tuple[Timing, float]:  # fmt: skip
     """Time of a step under Lightning's Trainer, as ``simba-lab fit`` runs it but for loggers and checkpoints."""
     free_memory()
     clock = StretchClock(session.device)
     module = LanguageModeling(case.config, pruning, session.backend, session.seed, learning_rate=_LEARNING_RATE)
     accelerator = "gpu" if session.device.type == "cuda" else "cpu"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _determinism_restored():
         warnings.simplefilter("ignore")  # advice about loader workers, loggers and batch sizes
         logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
         trainer = Trainer(
             accelerator=accelerator, devices=1, precision="bf16-mixed", max_steps=STEPS,
             callbacks=[clock], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False,
+            enable_model_summary=False, deterministic=deterministic,
         )  # fmt: skip
         trainer.fit(module, DataLoader(_endless(batches), batch_size=None))
     return clock.timing(), clock.loss
+
+
+@contextmanager
+def _determinism_restored() -> Iterator[None]:
+    """Lightning sets it for the whole process."""
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _peer(case: TrainingCase, batches: list[dict[str, Tensor]], device: torch.device) -> Timing:

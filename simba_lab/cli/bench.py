@@ -91,6 +91,11 @@ def _add_gpu(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--backend", default="triton", help="our kernels on the GPU (%(default)s)")
 
 
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_gpu(parser, "a width: 256, 384, 512 or 768 (repeatable; all)")
+    parser.add_argument("--deterministic", action="store_true", help="also dense with trainer.deterministic: its cost")
+
+
 def _add_table(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="RESULT", help="what --json of a GPU bench wrote")
     parser.add_argument("--into", type=Path, metavar="FILE", help="put the table between the markers in FILE")
@@ -100,7 +105,7 @@ _ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "cpu": _add_cpu,
     "prefill": _add_prefill,
     "kernels": lambda parser: _add_gpu(parser, "an op, e.g. scan (repeatable; all)"),
-    "train": lambda parser: _add_gpu(parser, "a width: 256, 384, 512 or 768 (repeatable; all)"),
+    "train": _add_train,
     "decode": lambda parser: _add_gpu(parser, "a published shape and a batch, e.g. 130m:64 (repeatable; all)"),
     "table": _add_table,
 }
@@ -163,8 +168,8 @@ def _run_kernels(args: argparse.Namespace) -> dict[str, Any]:
 def _run_train(args: argparse.Namespace) -> dict[str, Any]:
     from simba_lab.bench.training import CASES, measure_training
 
-    chosen = _chosen(args, CASES)
-    return _gpu(args, lambda session: session.bench("train", [*chosen.values()], measure_training))
+    chosen = [dataclasses.replace(case, deterministic=args.deterministic) for case in _chosen(args, CASES).values()]
+    return _gpu(args, lambda session: session.bench("train", chosen, measure_training))
 
 
 def _run_decode(args: argparse.Namespace) -> dict[str, Any]:
