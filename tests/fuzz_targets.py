@@ -366,6 +366,58 @@ def bench_results(seeds: Path) -> Target:
 
 
 @target
+def benchmark_results(seeds: Path) -> Target:
+    """Results of ``eval --tasks``, compared with sound ones."""
+    sound = benchmark_record()
+    (seeds / "benchmarks.json").write_text(_json(sound), encoding="utf-8")
+
+    def make(rng: random.Random, folder: Path) -> Case:
+        (folder / "b.json").write_bytes(spoilt_text(rng, sound, _json))
+        both = [str(seeds / "benchmarks.json"), "b.json"]
+        return call("eval", "--compare", *(both if rng.random() < 0.5 else both[::-1]))
+
+    return make
+
+
+def benchmark_record() -> dict[str, Any]:
+    """Two arms on two tasks of three documents."""
+    from simba_lab.evaluate.benchmarks.scores import NATS, SHARE, Cost, Metric, TaskScores
+    from simba_lab.evaluate.benchmarks.store import ArmScores, as_results
+
+    def scores(name: str, right: list[float]) -> TaskScores:
+        ones = np.ones(3)
+        metrics = {"acc": Metric(SHARE, True, np.array(right), ones), "ppl": Metric(NATS, False, ones * 2.5, ones)}
+        cost = Cost(300, 3, 3, [7.0, 4.5])
+        return TaskScores(name, "1.0", 3, [0, 1, 2], ["a", "b", "c"], "acc", metrics, cost, 0.5)
+
+    right = {"dense": [1.0, 0.0, 1.0], "linear:norm@0.6": [1.0, 0.0, 0.0]}
+    arms = {name: ArmScores(name, {"pruning": None}, {t: scores(t, values) for t in ("piqa", "arc_easy")})
+            for name, values in right.items()}  # fmt: skip
+    return as_results(arms, {"checkpoint": "runs/base"})
+
+
+@target
+def answers(seeds: Path) -> Target:
+    """Answers that an interrupted evaluation kept, and the experiment file beside its checkpoint."""
+    from simba_lab.evaluate.answers import AnswerBook
+    from simba_lab.evaluate.arguments import trained_length
+
+    lines = [["0f" * 32, [-1.25, True]], ["1e" * 32, [-3.5, False]], ["2d" * 32, "generated text"]]
+    config = yaml.safe_load((seeds / "base.yaml").read_text())
+
+    def use() -> None:
+        AnswerBook(Path("answers.jsonl")).add("key", [-1.0, True])
+        trained_length(Path())
+
+    def make(rng: random.Random, folder: Path) -> Case:
+        (folder / "answers.jsonl").write_bytes(b"\n".join(spoilt_text(rng, line, json.dumps) for line in lines))
+        (folder / "config.yaml").write_bytes(spoilt_text(rng, config, _yaml))
+        return quiet(use)
+
+    return make
+
+
+@target
 def arguments(seeds: Path) -> Target:
     """Command lines of every command, on sound files."""
     run, values = str(seeds / "run"), [str(value) for value in SCALARS if "\x00" not in str(value)]

@@ -1,14 +1,21 @@
-"""Everything we parse, spoilt: in `make test` a few hundred cases, in `make soak` more than twenty thousand."""
+"""Everything we parse, spoilt: in `make test` a few hundred cases, in `make soak` more than twenty thousand, and more
+that atheris grows along the branches of the parsers.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+from fuzz_guided import PARSERS, run_guided
 from fuzz_targets import TARGETS, make_seeds
 from fuzzing import Failure, Judge, run_apart, run_here
 from hypothesis import HealthCheck, given, settings
@@ -19,20 +26,58 @@ from simba_lab.errors import InputError
 from simba_lab.evaluate.arms import parse_arm
 from simba_lab.model import LanguageModel, ModelConfig
 from simba_lab.pruning import CRITERIA, PruningPlan, build_schedule
+from simba_lab.sweep import SweepConfig
+from simba_lab.sweep.config import parse_sweep
 
 # Cheap ones more often: seconds per case differ by a factor of a hundred.
 SOAK = {
-    "arguments": 2000, "arm": 2000, "bench_results": 2000, "documents": 1500, "experiment": 1000,
-    "lightning_checkpoint": 1500, "model_spec": 1500, "results": 500, "run_record": 1200, "safetensors": 1500,
-    "shard_index": 1500, "state_spaces_config": 1500, "sweep": 1500, "tokenizer": 800, "transformers_config": 1500,
+    "answers": 1500, "arguments": 2000, "arm": 2000, "bench_results": 2000, "benchmark_results": 1000,
+    "documents": 1500, "experiment": 1000, "lightning_checkpoint": 1500, "model_spec": 1500, "results": 500,
+    "run_record": 1000, "safetensors": 1500, "shard_index": 1500, "state_spaces_config": 1500, "sweep": 1500,
+    "tokenizer": 800, "transformers_config": 1500,
 }  # fmt: skip
 SHORT = 200
-AT_ONCE = 100
+AT_ONCE = 500
+MADE_UP, MADE_UP_IN_SOAK = 60, 1500
+GUIDED_RUNS = 20_000
 
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_seeds(tiny.lab(tmp_path_factory.getbasetemp()), tmp_path_factory.mktemp("fuzz") / "seeds")
+
+
+@pytest.fixture(scope="module")
+def counts() -> Iterator[Counter[str]]:
+    """Cases run, by the kind of generator; their sums are printed at the end of a soak."""
+    ran: Counter[str] = Counter()
+    yield ran
+    for kind, cases in ran.items():
+        print(f"\nfuzz, {kind}: {cases:,} cases in all")
+
+
+class Book:
+    """Remembers what passed until a source changes, so that a soak that was interrupted goes on where it was."""
+
+    def __init__(self, cache: pytest.Cache) -> None:
+        root, total = Path(__file__).parents[1], hashlib.sha256()
+        for path in sorted([*root.glob("simba_lab/**/*.py"), *root.glob("tests/fuzz*.py")]):
+            total.update(path.read_bytes())
+        self._cache, self._prefix = cache, f"fuzz/{total.hexdigest()[:16]}"
+
+    def run(self, name: str, cases: Callable[[], tuple[int, Sequence[Failure]]]) -> tuple[int, Sequence[Failure]]:
+        """How many cases were run, now or before, and those that failed, which are not remembered."""
+        ran, failures = self._cache.get(f"{self._prefix}/{name}", 0), ()
+        if not ran:
+            ran, failures = cases()
+            if not failures:
+                self._cache.set(f"{self._prefix}/{name}", ran)
+        return ran, failures
+
+
+@pytest.fixture(scope="module")
+def book(request: pytest.FixtureRequest) -> Book:
+    return Book(request.config.cache)
 
 
 def told(failures: Sequence[Failure]) -> str:
@@ -51,14 +96,28 @@ def test_spoilt_files_end_in_one_line(seeds: Path, tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", SOAK)
-def test_soak(seeds: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_soak(seeds: Path, tmp_path: Path, name: str, counts: Counter[str], book: Book) -> None:
+    def part(first: int) -> tuple[int, Sequence[Failure]]:
+        return run_apart(name, 0, first, AT_ONCE, seeds, tmp_path / str(first))
+
     starts = range(0, SOAK[name], AT_ONCE)
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as pool:
-        parts = list(pool.map(lambda n: run_apart(name, 0, n, AT_ONCE, seeds, tmp_path / str(n)), starts))
+        parts = list(pool.map(lambda first: book.run(f"{name}-{first}", lambda: part(first)), starts))
     ran, failures = sum(ran for ran, _ in parts), [failure for _, found in parts for failure in found]
-    with capsys.disabled():
-        print(f"\nfuzz {name}: {ran} cases, {len(failures)} failures")
+    counts["spoilt"] += ran
+    print(f"\nfuzz, spoilt {name}: {ran:,} cases, {len(failures)} failed", told(failures), flush=True)
     assert ran >= SOAK[name] and not failures, told(failures)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(find_spec("atheris") is None, reason="atheris is not installed: pip install -e '.[fuzz]' (Linux)")
+@pytest.mark.parametrize("name", PARSERS)
+def test_guided_soak(seeds: Path, tmp_path: Path, name: str, counts: Counter[str], book: Book) -> None:
+    """Inputs that atheris grows along the branches of a parser that they reach."""
+    ran, _ = book.run(f"guided-{name}", lambda: (run_guided(name, GUIDED_RUNS, seeds, tmp_path), ()))
+    counts["guided by coverage"] += ran
+    print(f"\nfuzz, guided {name}: {ran:,} executions, none failed", flush=True)
+    assert ran >= GUIDED_RUNS
 
 
 def judged(folder: Path, case: object) -> str | None:
@@ -110,13 +169,12 @@ specs = (
     st.fixed_dictionaries({"class_path": st.sampled_from([*CRITERIA.names(), "linear", "knots", "a.b"]) | plain})
     | plain
 )
-settle = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+sound = {"d_model": 8, "n_layer": 2, "vocab_size": 9}
+sweep_keys = st.sampled_from([*SweepConfig.__dataclass_fields__, "", "x"])
 
 
-@settle
-@given(st.dictionaries(fields, plain, max_size=6), specs, specs, plain)
-def test_a_spec_is_read_or_refused(model: dict, criterion: object, schedule: object, share: object) -> None:
-    sound = {"d_model": 8, "n_layer": 2, "vocab_size": 9}
+def spec_is_read_or_refused(made: tuple[dict, Any, Any, Any]) -> None:
+    model, criterion, schedule, share = made
     pruning = {"criterion": criterion, "schedule": schedule, "protect_recent": share}
     for spec in (
         {"format": 1, "model": sound | model, "pruning": None},
@@ -128,9 +186,8 @@ def test_a_spec_is_read_or_refused(model: dict, criterion: object, schedule: obj
             assert str(refused).startswith("file: ")
 
 
-@settle
-@given(plain, plain, st.text(max_size=30))
-def test_an_arm_is_built_or_refused(criterion: object, schedule: object, text: str) -> None:
+def arm_is_built_or_refused(made: tuple[Any, Any, str]) -> None:
+    criterion, schedule, text = made
     model = LanguageModel(ModelConfig(8, 2, 9), backend="reference")
     for build in (
         lambda: PruningPlan.build(2, criterion, schedule), lambda: build_schedule(schedule).counts(2, 9),
@@ -140,3 +197,51 @@ def test_an_arm_is_built_or_refused(criterion: object, schedule: object, text: s
             build()
         except InputError as refused:
             assert str(refused)
+
+
+def sweep_is_read_or_refused(made: dict[str, Any]) -> None:
+    about = {"experiment": "base.yaml", "budget": {"flops": 7}, "arms": [{"kind": "dense"}]}
+    try:
+        assert parse_sweep(about | made, "file").arms
+    except InputError as refused:
+        assert "\n" not in str(refused)
+
+
+PROPERTIES = {
+    "spec": (spec_is_read_or_refused, st.tuples(st.dictionaries(fields, plain, max_size=6), specs, specs, plain)),
+    "arm": (arm_is_built_or_refused, st.tuples(plain, plain, st.text(max_size=30))),
+    "sweep": (sweep_is_read_or_refused, st.dictionaries(sweep_keys, plain, max_size=5)),
+}
+
+
+def explored(name: str, examples: int) -> int:
+    """Holds a property against what hypothesis makes up; how many cases that were."""
+    check, made_up = PROPERTIES[name]
+    cases = 0
+
+    @settings(
+        max_examples=examples, deadline=5000, database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )  # fmt: skip
+    @given(made_up)
+    def judge(made: Any) -> None:
+        nonlocal cases
+        cases += 1
+        check(made)
+
+    judge()
+    return cases
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_what_hypothesis_makes_up_is_read_or_refused(name: str) -> None:
+    assert explored(name, MADE_UP) >= MADE_UP
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_made_up_soak(name: str, counts: Counter[str]) -> None:
+    cases = explored(name, MADE_UP_IN_SOAK)
+    counts["made up by hypothesis"] += cases
+    print(f"\nfuzz, made up {name}: {cases:,} cases, none failed")
+    assert cases >= MADE_UP_IN_SOAK

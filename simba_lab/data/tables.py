@@ -24,7 +24,7 @@ def read_json_lines(name: str, path: Path, text: str, text_field: str) -> Iterat
         place = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"{place}: not JSON; expected one object per line with the field '{text_field}'") from None
         if not isinstance(row, dict):
             raise InputError(f"{place}: a JSON {type(row).__name__}; expected an object with the field '{text_field}'")

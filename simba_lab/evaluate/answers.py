@@ -1,7 +1,7 @@
 """Answers of one arm, kept on disk as they come: an interrupted run continues from what it had scored.
 
-One append-only file for each arm, a JSON line for each answer. A line that a killed process left unfinished is
-skipped, and its request is answered again.
+One append-only file for each arm, a JSON line for each answer. A line that a killed process left unfinished, or
+that holds no answer, is skipped, and its request is answered again.
 """
 
 from __future__ import annotations
@@ -40,9 +40,17 @@ def _entries(lines: Iterable[bytes]) -> Iterable[tuple[str, Any]]:
     for line in lines:
         try:
             key, answer = json.loads(line)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             continue
-        yield key, answer
+        if isinstance(key, str) and _is_answer(answer):
+            yield key, answer
+
+
+def _is_answer(value: Any) -> bool:
+    """A text, a log-likelihood, or a log-likelihood with whether it was the greedy choice."""
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[1], bool):
+        value = value[0]
+    return isinstance(value, str | float) or type(value) is int
 
 
 def request_keys(kind: str, requests: Sequence[tuple[Any, ...]]) -> list[str]:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from simba_lab.errors import InputError
 from simba_lab.model import LanguageModel
 from simba_lab.pruning import CRITERIA, SCHEDULES, PruningPlan
 from simba_lab.registry import Spec
 from simba_lab.training import CONFIG_FILE
+from simba_lab.training.mistakes import read_yaml
 
 DEFAULT_BATCH = 8
 DEFAULT_LENGTH = 2048
@@ -120,7 +120,7 @@ def trained_length(checkpoint: Path) -> int | None:
     """Tokens per training sequence, if the experiment file of the run that a checkpoint belongs to says so."""
     for folder in (checkpoint, *checkpoint.parents[:2]):
         if (folder / CONFIG_FILE).is_file():
-            config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            config = read_yaml(folder / CONFIG_FILE, "checkpoint")
             try:
                 length = config["data"]["init_args"]["length"]
             except (KeyError, TypeError):

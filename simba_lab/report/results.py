@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ Arm = Mapping[str, Any]
 Shape = Mapping[str, tuple[str, bool]]
 
 ALPHA = 0.05
+LARGEST = 1e300
+"""Larger numbers, infinity and NaN are no results of anything, and products of them leave what a float holds."""
 
 # key -> (what it must be, whether null is allowed)
 _RESULTS: Shape = {
@@ -140,7 +141,7 @@ def _parse(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({type(error).__name__})") from None
     try:
         results = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}), it must be the results.json of a sweep") from None
     if not isinstance(results, dict):
         raise InputError(f"{path}: holds a {type(results).__name__}, it must be a JSON object with the key 'arms'")
@@ -158,7 +159,7 @@ def _check(value: Any, shape: Shape, path: Path, where: str) -> None:
 
 
 def _is(kind: str, value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
     if kind == "a number":
         return number
     if kind == "a positive number":

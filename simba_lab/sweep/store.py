@@ -63,7 +63,7 @@ class ArmStore:
         try:
             record = json.loads((folder / ARM_FILE).read_text(encoding="utf-8"))
             nll = np.load(folder / NLL_FILE)
-        except (OSError, ValueError, SyntaxError, TokenError, RecursionError, MemoryError):  # np.load raises them all
+        except (OSError, EOFError, ValueError, SyntaxError, TokenError, RecursionError, MemoryError):  # np.load's
             return None
         if not isinstance(record, dict) or record.get("fingerprint") != fingerprint:
             return None

@@ -148,7 +148,7 @@ def _version(home: Path) -> str:
 def _stamp(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

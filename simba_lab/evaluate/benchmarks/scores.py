@@ -7,7 +7,7 @@ resampled and arms compared in pairs. Perplexities are kept as nats and only sho
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -94,7 +94,7 @@ class TaskScores:
         return [*beside, self.main]
 
     def as_record(self) -> dict[str, Any]:
-        """Plain data for a result file; :func:`read_scores` is the inverse."""
+        """Plain data for a result file; :func:`simba_lab.evaluate.benchmarks.records.read_scores` is the inverse."""
         scores = [
             {"doc_id": number, "doc_hash": digest} | {"metrics": self._of_document(place)}
             for place, (number, digest) in enumerate(self.documents)
@@ -111,20 +111,6 @@ class TaskScores:
         return {
             name: [float(metric.values[place]), float(metric.weights[place])] for name, metric in self.metrics.items()
         }
-
-
-def read_scores(record: Mapping[str, Any]) -> TaskScores:
-    """What :meth:`TaskScores.as_record` wrote. Raises KeyError, TypeError or ValueError for anything else."""
-    rows = record["documents"]
-    metrics = {}
-    for name, about in record["metrics"].items():
-        pairs = np.array([row["metrics"][name] for row in rows], dtype=np.float64).reshape(len(rows), 2)
-        metrics[name] = Metric(about["kind"], about["higher_is_better"], pairs[:, 0], pairs[:, 1])
-    cost = Cost(**{key: value for key, value in record["cost"].items() if key != "flops_per_request"})
-    return TaskScores(
-        record["task"], record["version"], record["available"], [row["doc_id"] for row in rows],
-        [row["doc_hash"] for row in rows], record["main"], metrics, cost, record["seconds"],
-    )  # fmt: skip
 
 
 def read_metric(name: str, aggregation: str, higher_is_better: bool, scores: Sequence[Any]) -> Metric | None:

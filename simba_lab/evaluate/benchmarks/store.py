@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from simba_lab.errors import InputError
-from simba_lab.evaluate.benchmarks.scores import TaskScores, read_scores
+from simba_lab.evaluate.benchmarks.records import read_record, read_scores
+from simba_lab.evaluate.benchmarks.scores import TaskScores
 from simba_lab.files import finite, write_json
 
 KIND = "simba_lab benchmark results"
@@ -32,7 +33,7 @@ class ScoreStore:
         try:
             record = json.loads(self.path(arm, task, fingerprint).read_text(encoding="utf-8"))
             return read_scores(record["scores"]) if record["fingerprint"] == fingerprint else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def save(self, arm: str, fingerprint: str, scores: TaskScores) -> None:
@@ -73,20 +74,14 @@ def read_results(path: Path) -> dict[str, ArmScores]:
     """The arms of a result file, by name. Raises InputError, naming the file, for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["kind"] != KIND:
-            raise ValueError(f"its kind is {content['kind']!r}")
-        return {record["name"]: _arm(record) for record in content["arms"]}
+        if not isinstance(content, dict) or content.get("kind") != KIND:
+            raise ValueError(f"its kind is not {KIND!r}")
+        arms = read_record(content)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name a result file of `simba-lab eval --tasks`") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no result file of `simba-lab eval --tasks` ({error})") from None
-
-
-def _arm(record: dict[str, Any]) -> ArmScores:
-    tasks = {name: read_scores(scores) for name, scores in record.pop("tasks").items()}
-    name = record.pop("name")
-    details = {key: value for key, value in record.items() if key not in ("flops", "flops_per_request")}
-    return ArmScores(name, details, tasks)
+    return {name: ArmScores(name, details, tasks) for name, details, tasks in arms}
 
 
 def _safe(name: str) -> str:
