@@ -65,7 +65,7 @@ test-gpu: $(STAMP)  ## run the whole suite where there is a CUDA device: Triton 
 	  echo "make: torch sees no CUDA device here" >&2; exit 2; }
 	@$(BIN)/python -m pytest -m "not soak" -n $(TEST_WORKERS) $(ARGS)
 
-soak: $(STAMP)  ## the kill and fuzz tests at full size, with their counts; takes an hour
+soak: $(STAMP)  ## the kill and fuzz tests at full size, with their counts; takes hours, what passed is not fuzzed again
 	@$(BIN)/python -m pytest -m soak -s -n 0 $(wildcard tests/test_kills.py tests/test_fuzz.py) $(ARGS)
 
 # In a folder of its own, so that the auditor's own dependencies are not among those that are audited.

@@ -226,6 +226,7 @@ def test_an_arm_of_eval_with_a_mistake(
         ("--batch-size", "0", "--batch-size must be at least 1, got 0"),
         ("--split", "train", "--split"),
         ("--windows", "many", "--windows"),
+        ("--source", "", "empty; give a file, a folder, a glob"),
     ],
 )
 def test_sizes_of_eval_out_of_range(

@@ -79,7 +79,7 @@ def test_result_may_decide_the_exit_code(commands: Path) -> None:
     assert json.loads(Path("out.json").read_text()) == {"exit_code": 2}
 
 
-@pytest.mark.parametrize("target", ["missing/out.json", "."])
+@pytest.mark.parametrize("target", ["missing/out.json", ".", "/dev/null/out.json"])
 def test_unwritable_json_is_refused_before_the_work(
     commands: Path, target: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

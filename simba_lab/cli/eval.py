@@ -138,7 +138,7 @@ def held_out_data(checkpoint: str, source: str | None) -> TextData:
         raise InputError(
             f"--checkpoint: {checkpoint} has no {CONFIG_FILE}, so its data is not known; name a text with --source"
         )
-    return TextData(source or "stdlib", tokenizer=str(tokenizer_path(checkpoint)))
+    return TextData("stdlib" if source is None else source, tokenizer=str(tokenizer_path(checkpoint)))
 
 
 def _print(rows: list[dict[str, Any]], windows: int, split: str, reach: int) -> None:

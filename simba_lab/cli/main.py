@@ -147,7 +147,7 @@ def _check_writable(path: Path) -> None:
     """A path that cannot be written must be refused before hours of work, not after."""
     if path.is_dir():
         raise InputError(f"--json: {path} is a folder; name a file")
-    if not os.access(path.parent, os.W_OK):
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise InputError(f"--json: {path.parent} is not a folder that can be written to")
 
 
