@@ -92,7 +92,7 @@ def test_the_table_ranks_arms_and_says_what_they_cost() -> None:
     ]
     assert lines[2].startswith("\u25b6") and lines[3].startswith("*") and lines[4].startswith("\u2713")
     assert lines[3].split()[2:] == ["3.2500", "4.2500", "+0.0000", "0.001001", "100.10", "%", "10", "2.0"]
-    assert lines[4].split()[4] == "+0.2500" and "before" in lines[5] and "150.00 %" in lines[5]
+    assert lines[4].split()[4] == "+0.2500" and lines[5].split()[-1] == "before" and "150.00 %" in lines[5]
     assert "best so far linear:norm 3.2500" in lines[-1]
 
 
@@ -103,6 +103,16 @@ def test_an_arm_beyond_the_budget_is_never_the_best() -> None:
     assert progress.best() is None and "best" not in progress.summary()
     measured(progress)
     assert progress.best().name == "linear:norm" and "best so far linear:norm" in progress.summary()
+
+
+def test_an_arm_measured_before_may_be_the_best() -> None:
+    progress = SweepProgress(40, lambda line: None, PLANNED, BUDGET)
+    progress.skip("small", 10, 3.0, 4.0)
+    progress.start("linear:norm")
+    progress.finish("linear:norm", 3.25, None, 2.0)
+    assert "best so far small 3.0000" in progress.summary()
+    assert table(progress)[2].split()[:4] == ["*", "small", "3.0000", "4.0000"]
+    assert table(progress)[3].split()[1:4] == ["linear:norm", "3.2500", "+0.2500"]
 
 
 def test_more_arms_than_rows_are_counted_instead() -> None:

@@ -108,9 +108,9 @@ class Team:
 
         total, live = len(arms) * len(windows), [(arm.name, arm.arm.flops) for arm in arms]
         with SweepProgress(total, self.say, live, self.plan.budget, self.folder) as progress:
-            for task in tasks:
-                if done(task):
-                    progress.skip(task.label, len(windows))
+            for name, fingerprint in prints.items():
+                if kept := store.load(name, fingerprint):
+                    progress.skip(name, len(windows), *self.measurement.faces(kept))
 
             def run(slot: Slot, trial: Trial, task: Task) -> float:
                 name = trial.suggest_categorical("arm", names)

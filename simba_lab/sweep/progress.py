@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 # Rows of the terminal that are not arms: heading, rule, summary and the line of the shell; columns that are no text.
 _AROUND, _BETWEEN = 8, 10
-_COLUMNS = {"NLL": 6, "far": 6, "from best": 9, "GFLOPs": 6, "of budget": 9, "windows": 7, "s": 5}
+_COLUMNS = {"NLL": 6, "far": 6, "from best": 9, "GFLOPs": 6, "of budget": 9, "windows": 7, "s": 6}
 _MARKS = {"waiting": "\u00b7", "running": "\u25b6", "done": "\u2713", "before": "\u2713"}
 
 
@@ -97,12 +98,12 @@ class SweepProgress:
         self._done += step
         self._measured += step
 
-    def skip(self, name: str, windows: int) -> None:
-        """An arm, or several as one, that was measured before."""
+    def skip(self, name: str, windows: int, quality: float | None = None, far: float | None = None) -> None:
+        """An arm, or several as one, that was measured before, with what is known of it."""
         if windows:
             self._done += windows
             arm = self.arms.setdefault(name, LiveArm(name, self.budget and self.budget.flops))
-            arm.state, arm.windows = "before", windows
+            arm.state, arm.windows, arm.quality, arm.far = "before", windows, quality, far
             self._line(f"{name}: measured before")
 
     def finish(self, name: str, quality: float, far: float | None, seconds: float) -> None:
@@ -113,7 +114,7 @@ class SweepProgress:
         self._line(f"{name}: {quality:.4f} nats/token, far {shown}, {seconds:.1f} s  ({self.summary()})")
 
     def best(self) -> LiveArm | None:
-        """The arm with the lowest NLL of those measured in this process at the budget."""
+        """The arm with the lowest NLL of those that cost the budget."""
         measured = [arm for arm in self.arms.values() if arm.quality is not None and self._is_matched(arm)]
         return min(measured, key=lambda arm: arm.quality, default=None)
 
@@ -182,19 +183,19 @@ class SweepProgress:
         return [
             "*" if arm is best else _MARKS[arm.state],
             _inert(arm.name),
-            _number(arm.quality, ".4f") or ("before" if arm.state == "before" else ""),
+            _number(arm.quality, ".4f"),
             _number(arm.far, ".4f"),
             _number(gap, "+.4f"),
             _number(arm.flops and arm.flops / 1e9, ".4g"),
             _number(arm.flops and self.budget and 100 * arm.flops / self.budget.flops, ".2f", " %"),
             str(arm.windows or ""),
-            _number(arm.seconds, ".1f"),
+            _number(arm.seconds, ".1f") or ("before" if arm.state == "before" else ""),
         ]
 
 
 def _place(arm: LiveArm) -> tuple[int, float]:
-    order = {"running": 0, "done": 1, "before": 2, "waiting": 3}
-    return order[arm.state], arm.quality if arm.quality is not None else 0.0
+    order = {"running": 0, "done": 1, "before": 1, "waiting": 2}
+    return order[arm.state], math.inf if arm.quality is None else arm.quality
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -109,7 +109,7 @@ class _Sweep:
         fingerprint = self.measurement.fingerprint(arm)
         kept = self.measurement.store.load(arm.name, fingerprint)
         if kept is not None:
-            progress.skip(arm.name, len(self.measurement.windows))
+            progress.skip(arm.name, len(self.measurement.windows), *self.measurement.faces(kept))
             return kept
 
         def measure() -> float:

@@ -109,7 +109,9 @@ def search_best_curve(
     study = open_study(folder, search.study_name(windows))
     total, budget = settings.trials * len(windows), search.plan.budget
     with Events(folder / EVENTS_FOLDER) as events, SweepProgress(total, say, budget=budget) as progress:
-        progress.skip("earlier trials", len(windows) * sum(row["value"] is not None for row in trial_rows(study)))
+        earlier = [row["value"] for row in trial_rows(study) if row["value"] is not None]
+        best = min(earlier, default=None) if settings.objective == "quality" else None
+        progress.skip("earlier trials", len(windows) * len(earlier), best)
         search_curves(study, search.anchors, search.names, settings.lowest, settings.trials, settings.seed, measure)
     return search.record(study, windows)
 
