@@ -69,11 +69,12 @@ def _draw(axes: Axes, points: Sequence[Point], marks: Marks, face: str) -> dict[
     for point in points:
         whole = point.arm["kind"] in _WHOLE_OR_SHORTENED
         lines.setdefault("dense" if whole else point.arm["name"], []).append(point)
-    hints = {}
+    hints, places = {}, []
     for index, members in enumerate(lines.values()):
         members.sort(key=lambda point: point.x)
         shift = _STEP ** (index - (len(lines) - 1) / 2)
         color = INK if members[0].arm["kind"] in _WHOLE_OR_SHORTENED else marks.of(members[0].arm)["color"]
+        places += [point.x * shift for point in members]
         axes.plot([p.x * shift for p in members], [p.y for p in members], color=color, linewidth=1.4, zorder=1.5)
         for place, point in enumerate(members):
             gid = f"{face}-{index}-{place}"
@@ -83,9 +84,8 @@ def _draw(axes: Axes, points: Sequence[Point], marks: Marks, face: str) -> dict[
             (line,) = axes.plot([point.x * shift], [point.y], linestyle="none", gid=gid, **look)
             line.set_url(point.url)
             hints[gid] = f"{point.arm['name']}, context of {point.x}: {number(point.y)} nats/token"
-    if points:
-        log_axis(axes, [point.x for point in points])
-        axes.set_xlim(axes.get_xlim()[0] / _STEP**3, axes.get_xlim()[1] * _STEP**3)
+    if places:
+        log_axis(axes, places)
     return hints
 
 
