@@ -162,6 +162,17 @@ def test_light_and_dark_are_legible(opened: Page, page: Path, scheme: str) -> No
         assert contrast(opened, selector) >= 4.5, selector
 
 
+@pytest.mark.parametrize(("scheme", "least"), [("light", 2.2), ("dark", 5)])
+def test_the_colours_of_figures_stand_out(opened: Page, page: Path, scheme: str, least: float) -> None:
+    """Against the card; on white the lighter ones of a palette for the colour-blind do so least."""
+    show(opened, page, scheme=scheme)
+    card = luminance(opened.run("getComputedStyle(document.querySelector('figure')).backgroundColor"))
+    for number in range(5):
+        find = f"""document.querySelector('#flops svg [style*="fill: var(--c{number}"]')"""
+        colour = luminance(opened.run(f"getComputedStyle({find}).fill"))
+        assert (max(colour, card) + 0.05) / (min(colour, card) + 0.05) >= least, number
+
+
 def test_the_button_overrules_the_system_s_colours(opened: Page) -> None:
     seen = [opened.run("getComputedStyle(document.body).backgroundColor")]
     for _ in range(3):
@@ -191,6 +202,7 @@ def test_figures_are_saved_as_svg_png_and_csv(opened: Page, page: Path) -> None:
     texts = ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "short-context" in texts and float(root.get("width") or 0) > 500
     assert not list(root.iter("{http://www.w3.org/2000/svg}a")), "a picture by itself has nowhere to lead"
+    assert "fill: #0072b2" in (svg := (page.parent / "forest.svg").read_text()) and "var(" not in svg
     png = saved(opened, page, "[data-save=png]", "forest.png")
     assert png.startswith(b"\x89PNG\r\n\x1a\n") and min(struct.unpack(">II", png[16:24])) > 1000
     text = saved(opened, page, "a[download]", "forest.csv").decode()

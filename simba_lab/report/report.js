@@ -31,7 +31,8 @@ function standalone(svg) {
   copy.style.color = "#000";
   copy.style.background = "#fff";
   for (const link of copy.querySelectorAll("a")) link.replaceWith(...link.childNodes);
-  const text = new XMLSerializer().serializeToString(copy);
+  // Few other programs know the page's variables; the colours that they stand for are written beside them.
+  const text = new XMLSerializer().serializeToString(copy).replace(/var\(--c\d, (#[0-9a-f]{6})\)/g, "$1");
   return new Blob([text], { type: "image/svg+xml;charset=utf-8" });
 }
 
