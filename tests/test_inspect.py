@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from chromium import browsing, needs_browser
 from tiny import mistake, simba_lab
 
 from simba_lab.checkpoint import load, save_model
+from simba_lab.cli.inspect import _Lines as Lines
 from simba_lab.data import Tokenizer, bytes_tokenizer, train_bpe
 from simba_lab.errors import InputError
 from simba_lab.inspection.groups import by_part, views
@@ -299,6 +301,17 @@ def test_other_bad_input(run: Path, text: Path, tmp_path: Path, capsys: Any) -> 
     assert "--passage" in mistake(capsys, "inspect", "--checkpoint", run)
     assert "its data is not known" in mistake(capsys, "inspect", "--checkpoint", run, "--passage", "0")
     assert "is a folder" in mistake(capsys, "inspect", "--checkpoint", run, "--text-file", text, "--out", tmp_path)
+
+
+def test_without_a_terminal_slow_pieces_are_lines_with_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([0.0, 12.0, 15.0, 30.0])
+    monkeypatch.setattr("simba_lab.cli.inspect.time", SimpleNamespace(monotonic=lambda: next(now)))
+    lines = Lines(4)
+    for piece in ("first", "second", "third"):
+        lines.say(piece)
+    assert capsys.readouterr().err.splitlines() == ["first  (0 of 4)", "third  (2 of 4, 0:30 left)"]
 
 
 @needs_browser

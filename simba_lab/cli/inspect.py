@@ -143,7 +143,12 @@ class _Lines:
         now = time.monotonic()
         if now - self.last >= SECONDS_BETWEEN_LINES:
             self.last = now
-            left = round((now - self.started) / self.done * (self.total - self.done))
-            place = f"{self.done} of {self.total}, {left // 60}:{left % 60:02d} left"
-            print(f"{line}  ({place})", file=sys.stderr, flush=True)
+            print(f"{line}  ({self._place(now)})", file=sys.stderr, flush=True)
         self.done += 1
+
+    def _place(self, now: float) -> str:
+        """What is done, and the time left once something is."""
+        if not self.done:
+            return f"0 of {self.total}"
+        left = round((now - self.started) / self.done * (self.total - self.done))
+        return f"{self.done} of {self.total}, {left // 60}:{left % 60:02d} left"
