@@ -456,7 +456,9 @@ def arguments(seeds: Path) -> Target:
             flag = rng.choice(known_here.split())
             yield flag
             if rng.random() < 0.95:
-                yield rng.choice(known.get(flag, ()) if flag in known and rng.random() < 0.7 else values)
+                value = rng.choice(known.get(flag, ()) if flag in known and rng.random() < 0.7 else values)
+                # Whoever asks for a billion tokens gets them, one by one.
+                yield value if flag != "--max-new-tokens" or len(value) < 3 or not value.isdigit() else "3"
 
     def make(rng: random.Random, folder: Path) -> Case:
         name = rng.choice((*starts, "flops", "generate", rng.choice(values)))

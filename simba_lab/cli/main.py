@@ -145,7 +145,11 @@ def _offer_working_directory() -> None:
 
 def _check_writable(path: Path) -> None:
     """A path that cannot be written must be refused before hours of work, not after."""
-    if path.is_dir():
+    try:
+        folder = path.is_dir()
+    except OSError as error:
+        raise InputError(f"--json: {path}: {error.strerror}") from None
+    if folder:
         raise InputError(f"--json: {path} is a folder; name a file")
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise InputError(f"--json: {path.parent} is not a folder that can be written to")

@@ -13,6 +13,13 @@ from simba_lab.errors import InputError
 D_STATE = {"mamba1": 16, "mamba2": 128}
 """Generations of the layer, and the states per inner channel that each is published with."""
 _ONLY_MAMBA2 = ("headdim", "ngroups", "chunk_size")
+_WIDEST = 2**20
+_LARGEST = {
+    "d_model": _WIDEST, "n_layer": 1024, "vocab_size": 2**24, "d_state": 2**16, "d_conv": 1024, "expand": 64,
+    "pad_vocab_size_multiple": _WIDEST, "dt_rank": _WIDEST, "headdim": _WIDEST, "ngroups": _WIDEST,
+    "chunk_size": _WIDEST,
+}  # fmt: skip
+"""Far beyond any model, but the numbers of their weights still fit 64 bits, and a layer is made in milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,14 @@ class ModelConfig:
             raise InputError(f"model.layer must be {' or '.join(D_STATE)}, got {self.layer!r}")
         if self.d_state is None:
             object.__setattr__(self, "d_state", D_STATE[self.layer])
-        sizes = ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "pad_vocab_size_multiple")
-        for key in sizes + _ONLY_MAMBA2:
+        for key, largest in _LARGEST.items():
             value = getattr(self, key)
+            if value is None and key == "dt_rank":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"model.{key} must be an integer of at least 1, got {value!r}")
-        if self.dt_rank is not None and (not isinstance(self.dt_rank, int) or self.dt_rank < 1):
-            raise InputError(f"model.dt_rank must be an integer of at least 1 or null, got {self.dt_rank!r}")
+            if value > largest:
+                raise InputError(f"model.{key} must be at most {largest}, got {value}")
         if not 0 < self.dt_min <= self.dt_max < math.inf:
             raise InputError(f"model.dt_min must lie in (0, dt_max], got {self.dt_min} with dt_max {self.dt_max}")
         if not (0 < self.dt_init_floor < math.inf and 0 < self.norm_eps < math.inf):
