@@ -57,13 +57,19 @@ def impact_by_removal(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C_boundary
     return outputs[-1] - outputs[:-1]
 
 
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(L, D) of one sequence, weight (D, W): silu of the weighted sum of the last W inputs."""
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, places: Sequence[int] | None = None) -> Tensor:
+    """(L, D) of one sequence, weight (D, W): silu of the weighted sum of the last W inputs.
+
+    ``places`` are those of the tokens in a text of which some are gone: inputs count back to the first that is missing.
+    """
+    places = range(len(x)) if places is None else places
     width = weight.shape[1]
     rows = []
     for t in range(len(x)):
         total = bias
-        for back in range(min(width, t + 1)):
+        for back in range(width):
+            if places[t] - back not in places:
+                break
             total = total + weight[:, width - 1 - back] * x[t - back]
         rows.append(silu(total))
     return torch.stack(rows)
@@ -73,12 +79,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / ((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps).sqrt() * weight
 
 
-def mixer(weights: Mapping[str, Tensor], prefix: str, config: ModelConfig, hidden: Tensor) -> dict[str, Tensor]:
+def mixer(
+    weights: Mapping[str, Tensor], prefix: str, config: ModelConfig, hidden: Tensor, places: Sequence[int] | None
+) -> dict[str, Tensor]:
     """Signals of one layer for one sequence (L, d_model), its output under ``out``."""
     w = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     projected = hidden @ w["in_proj.weight"].T
     x, z = projected[:, : config.d_inner], projected[:, config.d_inner :]
-    x = causal_conv(x, w["conv1d.weight"][:, 0], w["conv1d.bias"])
+    x = causal_conv(x, w["conv1d.weight"][:, 0], w["conv1d.bias"], places)
     rank, states = config.rank, config.d_state
     low_rank = x @ w["x_proj.weight"].T
     B, C = low_rank[:, rank : rank + states], low_rank[:, rank + states :]
@@ -89,13 +97,15 @@ def mixer(weights: Mapping[str, Tensor], prefix: str, config: ModelConfig, hidde
     return {**signals, "out": y @ w["out_proj.weight"].T}
 
 
-def mixer2(weights: Mapping[str, Tensor], prefix: str, config: ModelConfig, hidden: Tensor) -> dict[str, Tensor]:
+def mixer2(
+    weights: Mapping[str, Tensor], prefix: str, config: ModelConfig, hidden: Tensor, places: Sequence[int] | None
+) -> dict[str, Tensor]:
     """The same of a Mamba-2 layer, every signal spread over its channels; ``steps`` (L, H) are those of the heads."""
     w = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     inner, shared = config.d_inner, config.ngroups * config.d_state
     projected = hidden @ w["in_proj.weight"].T
     z, dt = projected[:, :inner], projected[:, -config.nheads :]
-    convolved = causal_conv(projected[:, inner : -config.nheads], w["conv1d.weight"][:, 0], w["conv1d.bias"])
+    convolved = causal_conv(projected[:, inner : -config.nheads], w["conv1d.weight"][:, 0], w["conv1d.bias"], places)
     x, B, C = convolved[:, :inner], convolved[:, inner : inner + shared], convolved[:, inner + shared :]
     steps = softplus(dt + w["dt_bias"])
     head = torch.arange(inner) // config.headdim
@@ -119,15 +129,22 @@ class Trace:
     kept: list[list[int]]
 
 
-def run(weights: Mapping[str, Tensor], config: ModelConfig, tokens: Tensor, n_context: int, choose: Choice) -> Trace:
-    """One sequence (L,) through the pruned model; ``choose`` names the places (not positions) that go on."""
+def run(
+    weights: Mapping[str, Tensor], config: ModelConfig, tokens: Tensor, n_context: int, choose: Choice,
+    adjacent: bool = False,
+) -> Trace:  # fmt: skip
+    """One sequence (L,) through the pruned model; ``choose`` names the places (not positions) that go on.
+
+    ``adjacent``: convolutions read true neighbours only.
+    """
     stream = weights["backbone.embedding.weight"][tokens]
     positions, kept = list(range(n_context)), []
     for layer in range(config.n_layer):
         kept.append(positions)
         prefix = f"backbone.layers.{layer}."
         normed = rms_norm(stream, weights[prefix + "norm.weight"], config.norm_eps)
-        signals = MIXERS[config.layer](weights, prefix + "mixer.", config, normed)
+        places = [*positions, *range(n_context, len(tokens))] if adjacent else None
+        signals = MIXERS[config.layer](weights, prefix + "mixer.", config, normed, places)
         stream = stream + signals["out"]
         if layer + 1 < config.n_layer:
             present = len(positions)

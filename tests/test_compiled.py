@@ -43,12 +43,12 @@ def test_the_process_that_finds_no_kernels_computes_what_later_ones_do(tmp_path:
     assert first[1] == "0 1", "compiled elsewhere, then loaded"
 
 
-def test_a_change_of_any_file_of_the_folder_is_a_new_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_of_what_kernels_share_is_a_new_key(monkeypatch: pytest.MonkeyPatch) -> None:
     from simba_lab.kernels.cpu import norm
 
     codegen = norm.forward.targetctx.codegen()
     before = norm.forward._cache._index_key((), codegen)
-    monkeypatch.setattr(compiled, "_sources", lambda: "changed")
+    monkeypatch.setattr(compiled, "_shared_sources", lambda: "changed")
     assert norm.forward._cache._index_key((), codegen) != before
 
 

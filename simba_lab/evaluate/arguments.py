@@ -18,8 +18,8 @@ DEFAULT_BATCH = 8
 DEFAULT_LENGTH = 2048
 DEFAULT_SUFFIX = 64
 ARGUMENTS = (
-    "checkpoint", "criterion", "schedule", "mean_keep", "protect_recent", "dense", "batch_size", "max_batch_size",
-    "device", "backend", "max_length", "n_suffix", "answers",
+    "checkpoint", "criterion", "schedule", "mean_keep", "protect_recent", "convolution", "dense", "batch_size",
+    "max_batch_size", "device", "backend", "max_length", "n_suffix", "answers",
 )  # fmt: skip
 AUTO = "auto"
 HARNESS_DEVICE = "cuda:0"
@@ -32,6 +32,7 @@ def pruning_plan(
     schedule: Spec | None,
     mean_keep: float | None,
     protect_recent: float | None,
+    convolution: str | None,
     dense: bool,
     options: dict[str, Any],
 ) -> PruningPlan | None:
@@ -40,7 +41,7 @@ def pruning_plan(
     Raises InputError for an option that nobody knows, naming all there are.
     """
     saved = model.pruning
-    asked = options or any(value is not None for value in (criterion, schedule, mean_keep, protect_recent))
+    asked = options or any(value is not None for value in (criterion, schedule, mean_keep, protect_recent, convolution))
     if dense and asked:
         raise InputError("model_args: dense=True prunes nothing; leave out criterion, schedule and their options")
     if not asked:
@@ -56,6 +57,7 @@ def pruning_plan(
         schedule,
         _number("mean_keep", mean_keep),
         _number("protect_recent", protect_recent),
+        convolution or (saved.convolution if saved else "compacted"),
         **of_schedule,
     )
 

@@ -19,20 +19,23 @@ RESAMPLES = 2_000
 def parse_arm(text: str, model: LanguageModel) -> LanguageModel:
     """The model as an arm of ``dense`` or ``schedule:criterion@mean_keep``; class paths work as names.
 
+    ``+adjacent`` behind it lets convolutions read true neighbours only.
+
     Raises InputError that shows the form.
     """
     if text == "dense":
         return model.with_pruning(None)
-    names, _, keep = text.partition("@")
+    rest, plus, convolution = text.partition("+")
+    names, _, keep = rest.partition("@")
     schedule, _, criterion = names.partition(":")
     try:
         mean_keep = float(keep)
     except ValueError:
         mean_keep = None
     if not (schedule and criterion and mean_keep is not None):
-        form = "dense or schedule:criterion@mean_keep, e.g. linear:global_impact@0.55"
+        form = "dense or schedule:criterion@mean_keep, e.g. linear:global_impact@0.55 or linear:norm@0.5+adjacent"
         raise InputError(f"arms: {text!r} should be {form}")
-    return model.sparsified(criterion, schedule, mean_keep=mean_keep)
+    return model.sparsified(criterion, schedule, mean_keep=mean_keep, convolution=convolution if plus else "compacted")
 
 
 def evaluate_arms(

@@ -67,6 +67,7 @@ class SimbaLabLM(LM):
             ``global_impact``.
         mean_keep: mean share of the context over the layers, instead of the schedule's own parameter.
         protect_recent: share of the kept set that is its newest tokens.
+        convolution: compacted reads whatever stands beside a token now, adjacent its true neighbours only.
         dense: run a checkpoint that was saved with pruning without it.
         batch_size: sequences at a time; "auto" is 8, at most ``max_batch_size``. Results do not depend on it.
         device: of torch, or auto; the harness's default, cuda:0, means auto too.
@@ -87,6 +88,7 @@ class SimbaLabLM(LM):
         schedule: Spec | None = None,
         mean_keep: float | None = None,
         protect_recent: float | None = None,
+        convolution: str | None = None,
         dense: bool = False,
         batch_size: int | str = DEFAULT_BATCH,
         max_batch_size: int | None = None,
@@ -105,7 +107,7 @@ class SimbaLabLM(LM):
         size, place = read_batch_size(batch_size, max_batch_size), read_device(device, unasked=HARNESS_DEVICE)
         self._settle(size, max_length, n_suffix, answers)
         saved = load(str(checkpoint), backend)
-        plan = pruning_plan(saved, criterion, schedule, mean_keep, protect_recent, dense, options)
+        plan = pruning_plan(saved, criterion, schedule, mean_keep, protect_recent, convolution, dense, options)
         tokenizer = Tokenizer.load(tokenizer_path(str(checkpoint)))
         self._equip(saved.with_pruning(plan).to(place), tokenizer)
         self._trained_length = trained_length(Path(checkpoint))

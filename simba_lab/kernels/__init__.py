@@ -26,6 +26,7 @@ class Backend:
     add_rms_norm: Callable
     selective_scan: Callable
     causal_conv: Callable
+    neighbour_conv: Callable
     global_impact: Callable
     ssd: Callable
     ssd_impact: Callable

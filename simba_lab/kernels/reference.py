@@ -56,6 +56,26 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None 
     return F.silu(total).to(x.dtype), padded[:, length:]
 
 
+def neighbour_conv(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`causal_conv` of tokens some of which are gone: a tap that would read a stranger reads zero.
+
+    ``neighbours`` (B, L) says how many of the tokens before each in ``x`` also came directly before it in the text;
+    W - 1 and more mean the same. With that many everywhere, and none at the start, this is :func:`causal_conv` from
+    the first token on. The last inputs that are returned hold zeros for strangers of the last token.
+    """
+    width, wide = weight.shape[1], _accumulator(x)
+    taps, inputs = weight.to(wide), x.to(wide)
+    total = inputs * taps[:, -1] + bias.to(wide)
+    for distance in range(1, min(width, x.shape[1])):
+        known = (neighbours[:, distance:] >= distance)[..., None]
+        earlier = torch.where(known, inputs[:, :-distance], 0) * taps[:, -1 - distance]
+        total = total + F.pad(earlier, (0, 0, distance, 0))
+    last = F.pad(x, (0, 0, width - 1, 0))[:, x.shape[1] :]
+    distances = torch.arange(width - 2, -1, -1, device=x.device)
+    known = (neighbours[:, -1:] >= distances)[..., None]
+    return F.silu(total).to(x.dtype), torch.where(known, last, 0)
+
+
 def step_size(dt: Tensor, dt_bias: Tensor) -> Tensor:
     """``delta = softplus(dt + dt_bias)`` in the accumulation dtype, shape of ``dt`` (Mamba section 3.6)."""
     wide = _accumulator(dt)

@@ -110,15 +110,17 @@ class LanguageModel(nn.Module):
         schedule: Spec = "linear",
         mean_keep: float | None = None,
         protect_recent: float = 0.0,
+        convolution: str = "compacted",
         **schedule_arguments: Any,
     ) -> LanguageModel:
         """The same weights (shared, not copied), pruned.
 
         Give the schedule's free parameter by its name (``final_keep=0.10``), or ``mean_keep``, the mean share of the
-        context over the layers. Raises InputError for an unknown name or option, or a share out of (0, 1].
+        context over the layers; the rest is told by :class:`PruningPlan`. Raises InputError for an unknown name or
+        option, or a share out of (0, 1].
         """
         plan = PruningPlan.build(
-            self.config.n_layer, criterion, schedule, mean_keep, protect_recent, **schedule_arguments
+            self.config.n_layer, criterion, schedule, mean_keep, protect_recent, convolution, **schedule_arguments
         )
         return self.with_pruning(plan)
 
@@ -188,13 +190,28 @@ class LanguageModel(nn.Module):
         kept, states = [], []
         for layer, block in enumerate(self.backbone.layers):
             kept.append(position)
-            hidden, residual, state, signals = block(hidden, residual, backend)
+            neighbours = self._neighbours(position, n_context, tokens.shape[1] - n_context)
+            hidden, residual, state, signals = block(hidden, residual, backend, None, neighbours)
             states.append(state)
             if layer + 1 < len(counts) and counts[layer + 1] < counts[layer]:
                 stream = functools.partial(_stream, hidden, residual, counts[layer])
                 chosen, position = self._choose(layer, counts[layer + 1], signals, stream, position, key)
                 hidden, residual = backend.keep_tokens(hidden, residual, chosen, counts[layer])
         return hidden, residual, kept, states
+
+    def _neighbours(self, position: Tensor, n_context: int, n_suffix: int) -> Tensor | None:
+        """Tokens (B, k + n_suffix) directly before each in the text that are here too, as far as the convolution reads.
+
+        None while no token is missing, and in a model that convolves whatever is left.
+        """
+        if self.pruning is None or self.pruning.convolution == "compacted" or position.shape[1] == n_context:
+            return None
+        suffix = torch.arange(n_context, n_context + n_suffix, device=position.device)
+        position = torch.cat([position, suffix.expand(position.shape[0], n_suffix)], dim=1)
+        neighbours = torch.zeros_like(position)
+        for distance in range(1, min(self.config.d_conv, position.shape[1])):
+            neighbours[:, distance:] += position[:, distance:] - position[:, :-distance] == distance
+        return neighbours
 
     def _choose(
         self, layer: int, k: int, mixer: MixerSignals, stream: Callable[[], Tensor], position: Tensor,

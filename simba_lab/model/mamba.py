@@ -89,7 +89,7 @@ class Mixer(nn.Module):
     """The selective state-space mixer (Mamba, Gu & Dao 2023, figure 3). One form serves prefill, pass and step.
 
     Input and output (B, L, d_model). With a :class:`LayerState` it continues where that state ended, so that a step is
-    a call with L = 1.
+    a call with L = 1. ``neighbours`` (B, L), where tokens are missing, as in the reference's ``neighbour_conv``.
     """
 
     frozen_A: Tensor | None = None
@@ -123,12 +123,12 @@ class Mixer(nn.Module):
         return column_norms(self.out_proj.weight)
 
     def forward(
-        self, hidden: Tensor, backend: Backend, state: LayerState | None = None
+        self, hidden: Tensor, backend: Backend, state: LayerState | None = None, neighbours: Tensor | None = None
     ) -> tuple[Tensor, LayerState, MixerSignals]:
         tokens = hidden.shape[0] * hidden.shape[1]
         x, z = self.in_proj(hidden, backend).chunk(2, dim=-1)
         weight = self.conv1d.weight[:, 0]
-        x, conv = backend.causal_conv(x, weight, self.conv1d.shift, state.conv if state else None)
+        x, conv = convolved(x, weight, self.conv1d.shift, backend, state, neighbours)
         charge(self.layer, "causal_conv", causal_conv(tokens, *weight.shape), x)
         dt, B, C = self.x_proj(x, backend).split(self.split, dim=-1)
         dt = self.dt_proj(dt, backend)
@@ -147,6 +147,15 @@ class Mixer(nn.Module):
         self.dt_proj.bias.copy_(inverse_softplus(initial_steps(config, config.d_inner, generator)))
         self.A_log.copy_(torch.log(torch.arange(1, config.d_state + 1, dtype=torch.float32)).expand_as(self.A_log))
         self.D.fill_(1.0)
+
+
+def convolved(
+    x: Tensor, weight: Tensor, shift: Tensor, backend: Backend, state: LayerState | None, neighbours: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Convolution and SiLU of all tokens, or of true neighbours only; and the last inputs, to continue from."""
+    if neighbours is None:
+        return backend.causal_conv(x, weight, shift, state.conv if state else None)
+    return backend.neighbour_conv(x, weight, shift, neighbours)
 
 
 def negative_exp(A_log: Tensor) -> Tensor:
@@ -168,10 +177,11 @@ class Block(nn.Module):
         self.mixer = mixer
 
     def forward(
-        self, hidden: Tensor, residual: Tensor | None, backend: Backend, state: LayerState | None = None
-    ) -> tuple[Tensor, Tensor, LayerState, MixerSignals]:
+        self, hidden: Tensor, residual: Tensor | None, backend: Backend, state: LayerState | None = None,
+        neighbours: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, LayerState, MixerSignals]:  # fmt: skip
         normed, residual = self.norm(hidden, residual, backend)
-        hidden, state, signals = self.mixer(normed, backend, state)
+        hidden, state, signals = self.mixer(normed, backend, state, neighbours)
         return hidden, residual, state, signals
 
 

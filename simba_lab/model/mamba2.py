@@ -14,6 +14,7 @@ from simba_lab.model.mamba import (
     MixerSignals,
     Projection,
     column_norms,
+    convolved,
     initial_steps,
     initialise_conv_and_output,
     inverse_softplus,
@@ -73,12 +74,12 @@ class Mamba2Mixer(nn.Module):
         return column_norms(self.out_proj.weight) * self.norm.weight.abs()
 
     def forward(
-        self, hidden: Tensor, backend: Backend, state: LayerState | None = None
+        self, hidden: Tensor, backend: Backend, state: LayerState | None = None, neighbours: Tensor | None = None
     ) -> tuple[Tensor, LayerState, MixerSignals]:
         tokens = hidden.shape[0] * hidden.shape[1]
         z, xBC, dt = self.in_proj(hidden, backend).split(self.split, dim=-1)
         weight = self.conv1d.weight[:, 0]
-        xBC, conv = backend.causal_conv(xBC, weight, self.conv1d.shift, state.conv if state else None)
+        xBC, conv = convolved(xBC, weight, self.conv1d.shift, backend, state, neighbours)
         charge(self.layer, "causal_conv", causal_conv(tokens, *weight.shape), xBC)
         (heads, width), (groups, states) = self.heads, self.groups
         x, B, C = xBC.split((heads * width, groups * states, groups * states), dim=-1)

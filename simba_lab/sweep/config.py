@@ -58,6 +58,7 @@ class ArmConfig:
         criterion: name, class path, or class_path + init_args; or a list of them.
         schedule: likewise.
         protect_recent: share of the kept tokens that are the newest.
+        convolution: compacted reads whatever stands beside a token now, adjacent its true neighbours only.
     """
 
     kind: Literal["pruned", "dense", "smaller_dense", "shorter_context"] = "pruned"
@@ -66,6 +67,7 @@ class ArmConfig:
     criterion: Specs | None = None
     schedule: Specs | None = None
     protect_recent: float = 0.0
+    convolution: Literal["compacted", "adjacent"] = "compacted"
 
 
 @dataclass(frozen=True)

@@ -105,8 +105,8 @@ def _drafts(
     if entry.kind == "pruned":
         yield from _pruned(entry, sizes, base)
         return
-    if entry.criterion is not None or entry.schedule is not None or entry.protect_recent:
-        raise InputError(f"arms: a {entry.kind} arm takes no criterion, schedule or protect_recent")
+    if {entry.criterion, entry.schedule} != {None} or entry.protect_recent or entry.convolution != "compacted":
+        raise InputError(f"arms: a {entry.kind} arm takes no criterion, schedule, protect_recent or convolution")
     name = entry.name or entry.kind
     if entry.kind == "smaller_dense":
         if entry.experiment is None:
@@ -127,7 +127,7 @@ def _pruned(entry: ArmConfig, sizes: dict[str, int], base: Experiment) -> Iterat
     if entry.name is not None and len(pairs) > 1:
         raise InputError(f"arms: {entry.name!r} stands for {len(pairs)} arms; leave the name out")
     for schedule, criterion in pairs:
-        plan = PruningPlan(CRITERIA.build(criterion), build_schedule(schedule), entry.protect_recent)
+        plan = PruningPlan(CRITERIA.build(criterion), build_schedule(schedule), entry.protect_recent, entry.convolution)
         name = entry.name or arm_name(plan, schedule)
         yield PlannedArm(name, "pruned", PrunedArm(name, base.model.config, plan=plan, **sizes), base)
 
@@ -137,14 +137,15 @@ def _several(value: Any) -> list[Any]:
 
 
 def arm_name(plan: PruningPlan, schedule_spec: Any = None) -> str:
-    """``schedule:criterion``, options that were set in brackets: ``linear:random(seed=1)``."""
+    """``schedule:criterion``, options that were set behind: ``linear:random(seed=1)+recent(0.5)+adjacent``."""
     given = {} if schedule_spec is None else SCHEDULES.parse(schedule_spec)[1]
     criterion = CRITERIA.spec(plan.criterion)["init_args"]
     defaults = {key: parameter.default for key, parameter in CRITERIA.arguments(type(plan.criterion)).items()}
     set_here = {key: value for key, value in criterion.items() if value != defaults[key]}
     schedule, _, scores = plan.name.partition(":")
     recent = f"+recent({plan.protect_recent:g})" if plan.protect_recent else ""
-    return f"{schedule}{_bracketed(given)}:{scores}{_bracketed(set_here)}{recent}"
+    adjacent = "" if plan.convolution == "compacted" else f"+{plan.convolution}"
+    return f"{schedule}{_bracketed(given)}:{scores}{_bracketed(set_here)}{recent}{adjacent}"
 
 
 def _bracketed(options: dict[str, Any]) -> str:

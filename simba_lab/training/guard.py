@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from simba_lab.errors import NotFinite
 from simba_lab.model import LanguageModel
 from simba_lab.model.lm import Output
-from simba_lab.pruning import Criterion, PruningPlan, ScoredShape, Signals
+from simba_lab.pruning import Criterion, ScoredShape, Signals
 from simba_lab.pruning.criteria import checked_scores
 from simba_lab.pruning.measure import check_measured
 from simba_lab.training.sharding import sharded
@@ -165,7 +166,7 @@ class FiniteWatch:
     def __init__(self, model: LanguageModel) -> None:
         plan = model.pruning
         self._criterion = None if plan is None else _Watched(plan.criterion)
-        watched = plan and PruningPlan(self._criterion, plan.schedule, plan.protect_recent)
+        watched = plan and dataclasses.replace(plan, criterion=self._criterion)
         self.watched = model.with_pruning(watched)
 
     def check(self, out: Output, where: str) -> None:

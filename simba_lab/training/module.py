@@ -51,6 +51,7 @@ class PrunedTraining:
         schedule: likewise.
         mean_keep: mean share of the context over the layers; null if the schedule's own parameter is given.
         protect_recent: share of the kept tokens that are the newest.
+        convolution: compacted reads whatever stands beside a token now, adjacent its true neighbours only.
     """
 
     n_context: int
@@ -58,6 +59,7 @@ class PrunedTraining:
     schedule: str | PartSpec = "linear"
     mean_keep: float | None = None
     protect_recent: float = 0.0
+    convolution: str = "compacted"
 
 
 class LanguageModeling(LightningModule):
@@ -103,7 +105,9 @@ class LanguageModeling(LightningModule):
             criterion, schedule = (
                 part.spec if isinstance(part, PartSpec) else part for part in (pruning.criterion, pruning.schedule)
             )
-            plan = PruningPlan.build(model.n_layer, criterion, schedule, pruning.mean_keep, pruning.protect_recent)
+            plan = PruningPlan.build(
+                model.n_layer, criterion, schedule, pruning.mean_keep, pruning.protect_recent, pruning.convolution
+            )
             plan.schedule.counts(model.n_layer, pruning.n_context)
         self.lm = LanguageModel(model, plan, backend, seed)
         # Told from shapes, which a strategy that divides the weights among processes changes.

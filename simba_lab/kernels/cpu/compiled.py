@@ -32,12 +32,14 @@ from numba.core.caching import FunctionCache
 
 from simba_lab.kernels.cpu.elementary import FAST
 
+SHARED = ("blocks.py", "elementary.py")
+"""Files whose functions become part of kernels in other files."""
 IDLE_SECONDS = 30.0
 """A helper that is not asked for anything for so long ends; the next kernel starts another."""
 
 
 def kernel(function: Callable[..., None]) -> Callable[..., None]:
-    """Decorator: a parallel Numba kernel, compiled once per signature, processor and state of this folder."""
+    """Decorator: a parallel Numba kernel, compiled once per signature, processor and state of its sources."""
     dispatcher = numba.njit(parallel=True, fastmath=FAST, error_model="numpy")(function)
     try:
         dispatcher._cache = _Cache(function)
@@ -58,13 +60,13 @@ class _Cache(FunctionCache):
         return found
 
     def _index_key(self, sig: tuple[Any, ...], codegen: Any) -> tuple[Any, ...]:
-        """Also the sources of this folder: Numba itself sees only changes of the kernel's own file."""
-        return (*super()._index_key(sig, codegen), _sources())
+        """Also the sources that kernels are built from: Numba itself sees only changes of the kernel's own file."""
+        return (*super()._index_key(sig, codegen), _shared_sources())
 
 
 @functools.cache
-def _sources() -> str:
-    files = sorted(Path(__file__).parent.glob("*.py"))
+def _shared_sources() -> str:
+    files = [Path(__file__).with_name(name) for name in SHARED]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -1,0 +1,135 @@
+"""Convolutions of true neighbours: a token whose neighbours are gone is convolved with nothing, not with strangers."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import test_mamba2
+import torch
+from slow_oracle import causal_conv, keep_best, random_tokens, run, scores, tiny_model
+from torch import Tensor
+
+from simba_lab.errors import InputError
+from simba_lab.evaluate.arguments import pruning_plan
+from simba_lab.evaluate.arms import parse_arm
+from simba_lab.kernels import reference
+from simba_lab.model import LanguageModel
+from simba_lab.pruning import PruningPlan
+from simba_lab.sweep.plan import arm_name
+
+MODELS = {"mamba1": tiny_model, "mamba2": test_mamba2.model}
+every_generation = pytest.mark.parametrize("generation", MODELS)
+
+
+def adjacent(lm: LanguageModel, criterion: str = "norm", final_keep: float = 0.2) -> LanguageModel:
+    return lm.sparsified(criterion, "linear", final_keep=final_keep, convolution="adjacent")
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def arguments(length: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(length)
+    shapes = ((2, length, 3), (3, width), (3,))
+    return tuple(torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in shapes)
+
+
+def counted(places: list[int], width: int) -> Tensor:
+    """True neighbours directly before each, by looking; in the second row as far as the convolution reads."""
+    found = [next(d for d in itertools.count(1) if place - d not in places) - 1 for place in places]
+    return torch.tensor([found, [min(n, width - 1) for n in found]])
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("places", [[0, 1, 2, 5, 6, 8, 12, 13, 14, 15, 16], [3, 4, 9], [7], list(range(9))], ids=len)
+def test_taps_read_true_neighbours_only(places: list[int], width: int) -> None:
+    x, weight, bias = arguments(len(places), width)
+    out, last = reference.neighbour_conv(x, weight, bias, counted(places, width))
+    expected = torch.stack([causal_conv(row, weight, bias, places) for row in x])
+    close(out, expected)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    got, wanted = (torch.autograd.grad((y * cotangent).sum(), (x, weight, bias)) for y in (out, expected))
+    for ours, theirs in zip(got, wanted, strict=True):
+        close(ours, theirs)
+    for back in range(1, width):
+        known = all(places[-1] - distance in places for distance in range(back))
+        close(last[:, -back], x[:, -back] if known else torch.zeros(2, 3).double())
+
+
+def test_a_stranger_that_is_not_finite_is_not_read() -> None:
+    x, weight, bias = (t.detach() for t in arguments(5, 4))
+    x[:, 1] = float("nan")
+    out, _ = reference.neighbour_conv(x, weight, bias, torch.tensor([[0, 1, 0, 1, 2]] * 2))
+    assert out.isnan().any(2).tolist() == [[False, True, False, False, False]] * 2
+
+
+@every_generation
+@pytest.mark.parametrize("criterion", ["global_impact", "norm"])
+@pytest.mark.parametrize("n_context", [1, 14])
+def test_pruned_logits_and_gradients_equal_the_slow_oracle(generation: str, criterion: str, n_context: int) -> None:
+    lm = MODELS[generation](n_layer=3)
+    sparse, tokens = adjacent(lm, criterion), random_tokens(2, n_context + 3)
+    counts = sparse.keep_counts(n_context)
+
+    def choose(layer: int, signals: dict[str, Tensor], positions: list[int]) -> list[int]:
+        detached = {name: value.detach() for name, value in signals.items()}
+        return keep_best(scores(criterion, detached, positions), counts[layer + 1])
+
+    weights = {name: value.detach().clone().requires_grad_() for name, value in lm.named_parameters()}
+    traces = [run(weights, lm.config, row, n_context, choose, adjacent=True) for row in tokens]
+    out = sparse(tokens, n_context=n_context)
+    assert [[kept[i].tolist() for kept in out.kept] for i in range(2)] == [trace.kept for trace in traces]
+    expected = torch.stack([trace.logits for trace in traces])
+    close(out.logits, expected)
+    names = dict(lm.named_parameters())
+    got = torch.autograd.grad(out.logits.square().sum(), list(names.values()))
+    wanted = torch.autograd.grad(expected.square().sum(), [weights[name] for name in names])
+    for name, ours, theirs in zip(names, got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9, msg=name)
+
+
+@every_generation
+@pytest.mark.parametrize("n_context", [2, 13, 20])
+def test_one_pass_equals_prefill_and_decoding(generation: str, n_context: int) -> None:
+    sparse, tokens = adjacent(MODELS[generation]()), random_tokens(2, n_context + 5)
+    with torch.no_grad():
+        whole, prefix = sparse(tokens, n_context=n_context), sparse.prefill(tokens[:, :n_context])
+        for bounds in (range(6), (0, 2, 5)):
+            logits, states = [prefix.logits], prefix.states
+            for start, end in itertools.pairwise(bounds):
+                new, states = sparse.extend(tokens[:, n_context + start : n_context + end], states)
+                logits.append(new)
+            close(torch.cat(logits, dim=1), whole.logits)
+            for state, expected in zip(states, whole.states, strict=True):
+                close(state.conv, expected.conv)
+
+
+@every_generation
+def test_a_kept_run_of_the_newest_tokens_is_as_it_was(generation: str) -> None:
+    """Recency leaves nobody without neighbours but the first, who has nothing before it either way."""
+    lm, tokens = MODELS[generation](), random_tokens(2, 24)
+    runs = [lm.sparsified("recency", "linear", final_keep=0.2, convolution=how) for how in ("compacted", "adjacent")]
+    close(*(arm(tokens, n_context=20).logits for arm in runs))
+    apart = [lm.sparsified("random", "linear", final_keep=0.2, convolution=how) for how in ("compacted", "adjacent")]
+    one, other = (arm(tokens, n_context=20).logits for arm in apart)
+    assert (one - other).abs().max() > 1e-3
+
+
+def test_it_is_kept_named_and_costs_nothing() -> None:
+    lm = tiny_model()
+    plain, sparse = lm.sparsified("norm", "linear", final_keep=0.2), adjacent(lm)
+    assert PruningPlan.from_spec(sparse.pruning.spec()).convolution == "adjacent"
+    assert PruningPlan.from_spec({"criterion": "norm", "schedule": "linear"}).convolution == "compacted"
+    assert arm_name(sparse.pruning).endswith(":norm+adjacent") and "adjacent" not in arm_name(plain.pruning)
+    assert sparse.flops(20, 4).total == plain.flops(20, 4).total
+    assert parse_arm("linear:norm@0.6+adjacent", lm).pruning.convolution == "adjacent"
+    asked = pruning_plan(sparse, "recency", None, None, None, None, False, {})
+    assert asked.convolution == "adjacent", "what is not given is as the model was saved"
+
+
+@pytest.mark.parametrize("arm", ["linear:norm@0.6+adjoining", "linear:norm@0.6+"])
+def test_another_word_is_refused(arm: str) -> None:
+    with pytest.raises(InputError, match="convolution must be one of compacted, adjacent, got '(adjoining)?'"):
+        parse_arm(arm, tiny_model())
