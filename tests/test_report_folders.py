@@ -17,6 +17,7 @@ from made_results import BUDGET
 from simba_lab.errors import BudgetMismatch, InputError
 from simba_lab.report.context_figure import context_figure
 from simba_lab.report.curve_figures import keep_figure
+from simba_lab.report.figures import flops_figure
 from simba_lab.report.folders import Comparison, gather
 from simba_lab.report.importance import search_shares
 from simba_lab.report.provenance import reproduction
@@ -178,9 +179,20 @@ def test_context_lengths_of_several_sweeps_are_joined(tmp_path: Path) -> None:
     long, short = sweep(tmp_path / "long"), sweep(tmp_path / "short", half_the_context)
     gathered = gather([long, short], tmp_path / "r.html", allow_unequal=True)
     figure = context_figure(gathered.comparisons + gathered.unequal)
-    assert figure is not None and "different context lengths" in figure.caption
+    assert figure is not None and "at different context lengths" in figure.caption
     lengths = {line.split(",")[2] for line in figure.csv.splitlines()[1:]}
     assert lengths == {"960", "545", "480", "272"}
+
+
+def test_sweeps_of_one_name_and_other_windows_are_kept_apart(tmp_path: Path) -> None:
+    few, many = sweep(tmp_path / "few" / "s"), sweep(tmp_path / "many" / "s", lambda results: results.update(windows=9))
+    gathered = gather([few, many], tmp_path / "r.html")
+    assert [one.name for one in gathered.comparisons] == [f"s ({few})", f"s ({many})"]
+    ladders = [flops_figure(made, "quality") for made in (gathered.comparisons, gathered.comparisons[:1])]
+    lines = [figure.svg.count("stroke-width: 1.4") for figure in ladders if figure is not None]
+    assert lines == [2, 1], "a line for the dense models of each set of windows"
+    figure = context_figure(gathered.comparisons)
+    assert figure is not None and "of different numbers of windows" in figure.caption
 
 
 def test_the_searched_curve_stands_out() -> None:

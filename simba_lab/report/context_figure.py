@@ -64,11 +64,12 @@ def _is_shown(point: Point, shown: set[tuple[int, str]]) -> bool:
 
 
 def _draw(axes: Axes, points: Sequence[Point], marks: Marks, face: str) -> dict[str, str]:
-    """Arms side by side, those of one name at several lengths joined; returns the hint of each marker by gid."""
-    lines: dict[str, list[Point]] = {}
+    """Arms side by side, those of one name and as many windows joined over lengths; the hint of each marker by gid."""
+    lines: dict[tuple[str, int], list[Point]] = {}
     for point in points:
         whole = point.arm["kind"] in _WHOLE_OR_SHORTENED
-        lines.setdefault("dense" if whole else point.arm["name"], []).append(point)
+        name, windows = "dense" if whole else point.arm["name"], point.owner.results["windows"]
+        lines.setdefault((name, windows), []).append(point)
     hints, places = {}, []
     for index, members in enumerate(lines.values()):
         members.sort(key=lambda point: point.x)
@@ -96,10 +97,10 @@ def _row(point: Point) -> list[Any]:
 
 
 def _caption(comparisons: Sequence[Comparison], points: Sequence[Point], shown: set[tuple[int, str]]) -> str:
-    several = len({one.results["n_context"] for one in comparisons}) > 1
+    several = len({(one.results["n_context"], one.results["windows"]) for one in comparisons}) > 1
     windows = (
-        "Sweeps at different context lengths score different windows at different budgets, so arms are compared "
-        "within a length, trends across them."
+        "Sweeps at different context lengths, or of different numbers of windows, score different text, so arms are "
+        "compared within a sweep, trends across them."
         if several
         else "The windows and the scored suffix tokens are the same for every arm; only how much of the context before "
         "them the model was given differs."

@@ -127,11 +127,11 @@ def _inside(axes: Axes, results: Results, points: Sequence[Point], marks: Marks)
 
 
 def _dense_lines(axes: Axes, points: Sequence[Point], x: Sequence[float]) -> None:
-    """The dense models of each context length as a line from the smallest to the largest."""
-    ladders: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    """The dense models that were given the same windows as a line from the smallest to the largest."""
+    ladders: dict[tuple[int, ...], list[tuple[float, float]]] = {}
     for point, where in zip(points, x, strict=True):
         if point.arm["kind"] in _LADDER:
-            sizes = (point.owner.results["n_context"], point.owner.results["n_suffix"])
+            sizes = tuple(point.owner.results[key] for key in ("n_context", "n_suffix", "windows"))
             ladders.setdefault(sizes, []).append((where, point.y))
     for ladder in ladders.values():
         axes.plot(*zip(*sorted(set(ladder)), strict=True), color=INK, linewidth=1.4, marker="", zorder=1.5)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -112,8 +113,19 @@ def gather(paths: Sequence[Path], target: Path, allow_unequal: bool = False) -> 
 def _with_prefixes(read: Sequence[Comparison]) -> list[Comparison]:
     if len(read) == 1:
         return list(read)
-    letters = string.ascii_lowercase
+    letters, read = string.ascii_lowercase, _told_apart(read)
     return [replace(one, prefix=f"{letters[i % 26] * (1 + i // 26)}-") for i, one in enumerate(read)]
+
+
+def _told_apart(read: Sequence[Comparison]) -> list[Comparison]:
+    """The folder of sweeps of one name becomes part of their names."""
+    names = Counter(one.results["name"] for one in read)
+    return [
+        replace(one, results={**one.results, "name": f"{one.results['name']} ({one.folder})"})
+        if names[one.results["name"]] > 1
+        else one
+        for one in read
+    ]
 
 
 def _by_budget(read: Sequence[Comparison], skipped: list[Skipped], allow_unequal: bool) -> Gathered:
