@@ -114,12 +114,19 @@ def test_names_show_every_option_that_was_set(lab: tiny.Lab, tmp_path: Path) -> 
             "schedule": ["geometric", {"class_path": "uniform", "init_args": {"multiple_of": 4}}],
             "protect_recent": 0.25,
         },
+        {
+            "criterion": {
+                "class_path": "blocks", "init_args": {"criterion": {"class_path": "random", "init_args": {"seed": 2}}},
+            },
+            "schedule": "linear", "convolution": "adjacent",
+        },
         {"kind": "dense", "name": "whole"},
     ]
     config = lab.sweep_config(tmp_path / "s.yaml", {"arms": arms, "budget": {"flops": 3_000_000, "tolerance": 0.1}})
     assert [arm.name for arm in planned(lab, config).arms] == [
         "geometric:global_impact(reduce=l2)+recent(0.25)",
         "uniform(multiple_of=4):global_impact(reduce=l2)+recent(0.25)",
+        "linear:blocks(criterion=random(seed=2))+adjacent",
         "whole",
     ]
 

@@ -149,7 +149,14 @@ def arm_name(plan: PruningPlan, schedule_spec: Any = None) -> str:
 
 
 def _bracketed(options: dict[str, Any]) -> str:
-    return f"({','.join(f'{key}={value}' for key, value in options.items())})" if options else ""
+    return f"({','.join(f'{key}={_shown(value)}' for key, value in options.items())})" if options else ""
+
+
+def _shown(value: Any) -> str:
+    """A part's spec within an option as the part is called: ``norm``, ``global_impact(reduce=l2)``."""
+    if isinstance(value, dict) and "class_path" in value:
+        return value["class_path"].rpartition(".")[2] + _bracketed(value.get("init_args") or {})
+    return str(value)
 
 
 def model_of(arm: PlannedArm, weights: LanguageModel) -> LanguageModel:
