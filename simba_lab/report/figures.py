@@ -77,7 +77,7 @@ def flops_figure(comparisons: Sequence[Comparison], face: str, key: str = "") ->
     columns = ["sweep", "arm", "kind", "criterion", "schedule", "matched", "flops", face, "low", "high"]
     columns += ["paired_low", "paired_high"]
     rows = [_row(point, face) for point in points]
-    caption = _flops_caption(results, far) + told(comparisons)
+    caption = _flops_caption(comparisons, far) + told(comparisons)
     return Figure(key, title, caption, draw(key, title, build), as_csv(columns, rows))
 
 
@@ -176,8 +176,9 @@ def _name_controls(axes: Axes, points: Sequence[Point], x: Sequence[float]) -> N
         )  # fmt: skip
 
 
-def _flops_caption(results: Results, far: bool) -> str:
-    scored = _far_text(results) if far else "Mean negative log-likelihood of the suffix tokens in nats/token."
+def _flops_caption(comparisons: Sequence[Comparison], far: bool) -> str:
+    results = comparisons[0].results
+    scored = _far_text(comparisons) if far else "Mean negative log-likelihood of the suffix tokens in nats/token."
     return (
         f"{scored} Left: every arm against its GFLOPs per window, the budget with its tolerance shaded; the solid line "
         "joins the dense models, the dotted line the dense model at the budget and the best pruned arm at equal "
@@ -187,11 +188,15 @@ def _flops_caption(results: Results, far: bool) -> str:
     )
 
 
-def _far_text(results: Results) -> str:
-    distance = results.get("far_distance")
-    beyond = f"more than {distance:g} positions before the end of the context"
-    beyond = beyond if distance else "beyond the shorter context's reach"
-    return f"NLL in nats/token of the {results['far_tokens']} far tokens: those that last occurred {beyond}."
+def _far_text(comparisons: Sequence[Comparison]) -> str:
+    every = {(one.results["far_tokens"], one.results.get("far_distance")) for one in comparisons}
+    tokens, distance = every.pop()
+    count, beyond = f"{tokens:,} far tokens", "beyond the reach of the shorter context"
+    if every:
+        count = "far tokens of each sweep"
+    elif distance:
+        beyond = f"more than {distance:g} positions before the end of the context"
+    return f"NLL in nats/token of the {count}: those that last occurred {beyond}."
 
 
 def log_axis(axes: Axes, x: Sequence[float]) -> None:
@@ -208,12 +213,17 @@ def log_axis(axes: Axes, x: Sequence[float]) -> None:
     axes.set_xlim(min(x) / room, max(x) * room)
 
 
+def _windows(comparisons: Sequence[Comparison]) -> str:
+    counts = [f"{count:,}" for count in sorted({one.results["windows"] for one in comparisons})]
+    return f"{' or '.join(counts)} windows"
+
+
 def seconds_figure(comparisons: Sequence[Comparison]) -> Figure | None:
     """Quality against wall-clock seconds."""
     points = points_of(comparisons, "quality", itemgetter("wall_seconds"))
     if not points:
         return None
-    key, title, windows = "seconds", "Suffix NLL against seconds", comparisons[0].results["windows"]
+    key, title, windows = "seconds", "Suffix NLL against seconds", _windows(comparisons)
 
     def build() -> Drawn:
         shown = drawn_of(points)
@@ -224,13 +234,13 @@ def seconds_figure(comparisons: Sequence[Comparison]) -> Figure | None:
         _pairs(axes, shown, seconds)
         hints = _markers(axes, shown, seconds, marks, "s")
         log_axis(axes, seconds)
-        axes.set(xlabel=f"seconds for {windows} windows (log)", ylabel=f"{_FACES['quality']}, lower is better")
+        axes.set(xlabel=f"seconds for {windows} (log)", ylabel=f"{_FACES['quality']}, lower is better")
         _name_controls(axes, shown, seconds)
         marks.legend(figure, joined=True)
         return figure, hints
 
     caption = (
-        f"Suffix NLL in nats/token against the wall-clock seconds that each arm took for its {windows} windows on the "
+        f"Suffix NLL in nats/token against the wall-clock seconds that each arm took for {windows} on the "
         "machine named below, taken once; lines and bars as above. Seconds depend on the machine and its load; the "
         f"comparison is made at equal FLOPs.{told(comparisons)}"
     )
