@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from simba_lab.budget.accounting import UNIT, Account, Pass, account, readable
 from simba_lab.checkpoint import load
+from simba_lab.cli.pruning_flags import blaming, configure_pruning, described_plan, flag
 from simba_lab.errors import InputError
 from simba_lab.kernels.cost import CONVENTION
 from simba_lab.model import LanguageModel, ModelConfig
 from simba_lab.model.shapes import PUBLISHED, published_shape
-from simba_lab.pruning import CRITERIA, SCHEDULES, PruningPlan, build_schedule
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,31 +42,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--checkpoint", metavar="PATH", help="a run folder or .ckpt, pruned as it was saved")
     for key in SIZES:
         needed = "needed" if key in SIZES[:3] else "otherwise the default"
-        model.add_argument(_flag(key), type=int, metavar="N", help=f"a shape of your own: {key} ({needed})")
+        model.add_argument(flag(key), type=int, metavar="N", help=f"a shape of your own: {key} ({needed})")
     window = parser.add_argument_group("window")
     text = "tokens that may be pruned (%(default)s)"
     window.add_argument("--n-context", type=int, default=2048, metavar="T", help=text)
     window.add_argument("--n-suffix", type=int, default=0, metavar="S", help="dense tokens after them (%(default)s)")
     which = "logits of boundary and suffix, or of all that remain (%(default)s)"
     window.add_argument("--head", choices=["scored", "all"], default="scored", help=which)
-    _configure_pruning(parser.add_argument_group("pruning; any of these prunes"))
+    configure_pruning(parser.add_argument_group("pruning; any of these prunes"))
     parser.add_argument("--training", action="store_true", help="also forward + backward")
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, default=True, help="let fvcore count it too (on)"
-    )
-
-
-def _configure_pruning(group: argparse._ArgumentGroup) -> None:
-    spec = "name, class path, or JSON with class_path and init_args"
-    group.add_argument("--criterion", metavar="SPEC", help=f"{', '.join(CRITERIA.names())}: {spec} (global_impact)")
-    group.add_argument("--schedule", metavar="SPEC", help=f"{', '.join(SCHEDULES.names())}: {spec} (linear)")
-    group.add_argument("--mean-keep", type=float, metavar="SHARE", help="mean share of the context over the layers")
-    group.add_argument("--final-keep", type=float, metavar="SHARE", help="share entering the last layer")
-    group.add_argument(
-        "--schedule-arg", action="append", default=[], metavar="KEY=VALUE", help="option of the schedule (repeatable)"
-    )
-    group.add_argument(
-        "--protect-recent", type=float, metavar="SHARE", help="share of the kept set that is its newest tokens (0)"
     )
 
 
@@ -80,24 +63,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.n_suffix < 0:
         raise InputError(f"--n-suffix must be at least 0, got {args.n_suffix}")
     model = _model(args)
-    plan = _plan(args, model.config.n_layer)
+    plan = described_plan(args, model.config.n_layer, args.n_context)
     model = model if plan is None else model.with_pruning(plan)
     result = account(model, args.n_context, args.n_suffix, args.head, args.verify)
     _show(result, args.training)
     return result.to_dict() | ({"training": result.training.to_dict()} if args.training else {})
-
-
-def _flag(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
-
-
-@contextmanager
-def _blaming(*flags: str) -> Iterator[None]:
-    """Errors of the values of these flags name them."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{' / '.join(flags)}: {error}") from None
 
 
 def _model(args: argparse.Namespace) -> LanguageModel:
@@ -106,75 +76,27 @@ def _model(args: argparse.Namespace) -> LanguageModel:
     if len(sources) + bool(sizes) != 1:
         raise InputError("give one of --shape, --checkpoint, or sizes of your own (--d-model, --n-layer, --vocab-size)")
     if args.checkpoint is not None:
-        with _blaming("--checkpoint"):
+        with blaming("--checkpoint"):
             return load(args.checkpoint)
     return _without_weights(_own_shape(sizes) if sizes else _published(args.shape))
 
 
 def _published(name: str) -> ModelConfig:
-    with _blaming("--shape"):
+    with blaming("--shape"):
         return published_shape(name)
 
 
 def _own_shape(sizes: dict[str, int]) -> ModelConfig:
-    missing = [_flag(key) for key in SIZES[:3] if key not in sizes]
+    missing = [flag(key) for key in SIZES[:3] if key not in sizes]
     if missing:
         raise InputError(f"{' and '.join(missing)} must be given too for a shape of your own")
-    with _blaming(*map(_flag, sizes)):
+    with blaming(*map(flag, sizes)):
         return ModelConfig(**sizes)
 
 
 def _without_weights(config: ModelConfig) -> LanguageModel:
     with torch.device("meta"):
         return LanguageModel(config, seed=None)
-
-
-def _plan(args: argparse.Namespace, n_layer: int) -> PruningPlan | None:
-    """The plan the flags describe; None if none of them is given."""
-    given = (args.criterion, args.schedule, args.mean_keep, args.final_keep, args.protect_recent)
-    if all(value is None for value in given) and not args.schedule_arg:
-        return None
-    options = _options(args.schedule_arg)
-    if args.final_keep is not None:
-        options["final_keep"] = args.final_keep
-    with _blaming("--criterion"):
-        criterion = CRITERIA.build(_spec(args.criterion or "global_impact"))
-    also = [_flag(key) for key in ("final_keep", "schedule_arg") if getattr(args, key) not in (None, [])]
-    with _blaming("--schedule", *also):
-        schedule = build_schedule(_spec(args.schedule or "linear"), **options)
-        if args.mean_keep is None:
-            schedule.counts(n_layer, args.n_context)
-    with _blaming("--mean-keep"):
-        plan = PruningPlan.build(n_layer, criterion, schedule, args.mean_keep, **_only(options, schedule.knob))
-    with _blaming("--protect-recent"):
-        return dataclasses.replace(plan, protect_recent=args.protect_recent or 0.0)
-
-
-def _only(options: dict[str, Any], key: str) -> dict[str, Any]:
-    return {key: options[key]} if key in options else {}
-
-
-def _spec(text: str) -> str | dict[str, Any]:
-    if not text.lstrip().startswith("{"):
-        return text
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"expected a JSON object with class_path and init_args: {error}") from None
-
-
-def _options(pairs: list[str]) -> dict[str, Any]:
-    """``key=value`` pairs; values are JSON, or text if they are not."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not key or not equals:
-            raise InputError(f"--schedule-arg: expected KEY=VALUE, got {pair!r}")
-        try:
-            options[key] = json.loads(text)
-        except ValueError:
-            options[key] = text
-    return options
 
 
 def _show(result: Account, training: bool) -> None:

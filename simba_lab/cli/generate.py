@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from simba_lab.checkpoint import load, tokenizer_path
+from simba_lab.cli.pruning_flags import configure_pruning, described_plan
 from simba_lab.data import Tokenizer
 from simba_lab.errors import InputError
 from simba_lab.evaluate.arguments import read_device
 from simba_lab.evaluate.generation import Decoding, TextStream, continuation
 from simba_lab.kernels.cost import CONVENTION
 from simba_lab.model import LanguageModel, Output
-from simba_lab.pruning import CRITERIA, SCHEDULES
 
 EXAMPLES = """examples:
   simba-lab generate --checkpoint runs/base --prompt 'def main(' --max-new-tokens 100
@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 text to go on from, as it is; - reads stdin")
     prompt.add_argument("--prompt", metavar="TEXT", help="the text itself")
-    _configure_pruning(parser.add_argument_group("pruning of the prompt; without any, as the checkpoint was saved"))
+    configure_pruning(parser.add_argument_group("pruning of the prompt; without any, as the checkpoint was saved"))
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most (%(default)s)")
     text = "0 takes the most likely token; above, tokens are drawn (%(default)s)"
@@ -49,20 +49,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="of torch (cuda where there is one, else cpu)")
 
 
-def _configure_pruning(group: argparse._ArgumentGroup) -> None:
-    spec = "name or class path"
-    group.add_argument("--criterion", metavar="SPEC", help=f"{', '.join(CRITERIA.names())}: {spec} (global_impact)")
-    group.add_argument("--schedule", metavar="SPEC", help=f"{', '.join(SCHEDULES.names())}: {spec} (linear)")
-    group.add_argument("--mean-keep", type=float, metavar="SHARE", help="mean share of the prompt over the layers")
-    group.add_argument("--final-keep", type=float, metavar="SHARE", help="share entering the last layer")
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Stream the text, then return it with what it took."""
     decoding = _decoding(args)
     prompt = _prompt(args)
     device = read_device(args.device)
-    model = _pruned(args, load(args.checkpoint)).to(device)
+    model = load(args.checkpoint).to(device)
+    plan = described_plan(args, model.config.n_layer)
+    model = model if plan is None else model.with_pruning(plan)
     tokenizer = checkpoint_tokenizer(args.checkpoint, model)
     ids = tokenizer.encode(prompt)
     out, prefill_seconds = _prefill(model, ids)
@@ -121,18 +115,6 @@ def _prompt_bytes(args: argparse.Namespace) -> tuple[str, bytes]:
         return source, Path(args.prompt_file).read_bytes()
     except OSError as error:
         raise InputError(f"{source}: {error.strerror}; name a text file, or - for standard input") from None
-
-
-def _pruned(args: argparse.Namespace, model: LanguageModel) -> LanguageModel:
-    """The model as saved, or pruned as the flags say."""
-    given = (args.criterion, args.schedule, args.mean_keep, args.final_keep)
-    if all(value is None for value in given):
-        return model
-    final = {} if args.final_keep is None else {"final_keep": args.final_keep}
-    try:
-        return model.sparsified(args.criterion or "global_impact", args.schedule or "linear", args.mean_keep, **final)
-    except InputError as error:
-        raise InputError(f"pruning: {error}") from None
 
 
 def checkpoint_tokenizer(checkpoint: str, model: LanguageModel) -> Tokenizer:
