@@ -12,7 +12,8 @@ EXAMPLES = """examples:
   simba-lab report runs/sweeps/context_480 runs/sweeps/context_960 --allow-unequal
 The page is one file that needs no network. A folder that is incomplete or from another version is left out, and the
 page says why. It stays under 3 MB: of many arms it draws the first, the best, the controls and those of the lowest NLL,
-and lists fewer only if it must; it says so. Exit code 3: arms or sweeps cost different FLOPs and --allow-unequal was not given."""
+and lists fewer only if it must; it says so. Exit code 3: arms or sweeps cost different FLOPs and --allow-unequal was
+not given."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
