@@ -104,7 +104,9 @@ def _what_is_shown(comparison: Comparison) -> str:
 
 def _config_of(comparison: Comparison, arm: Arm) -> Any:
     record = comparison.records.get(arm["name"])
-    shown = record or {**arm.get("spec", {}), "flops_by_op": arm.get("flops_by_op", {})}
+    spec = arm.get("spec", {})  # of a file that anybody may have edited
+    told = dict(spec) if isinstance(spec, Mapping) else {"spec": spec}
+    shown = record or told | {"flops_by_op": arm.get("flops_by_op", {})}
     first = comparison.results["arms"][0]
     if comparison.whole or arm is first:
         return shown
