@@ -76,7 +76,7 @@ class Explicit:
             seen = stream[rows]
             self.streams.append(seen)
             normed = slow_oracle.rms_norm(seen, self.weights[prefix + "norm.weight"], self.config.norm_eps)
-            signals = slow_oracle.MIXERS[self.config.layer](self.weights, prefix + "mixer.", self.config, normed)
+            signals = slow_oracle.MIXERS[self.config.layer](self.weights, prefix + "mixer.", self.config, normed, None)
             self.signals.append(signals)
             stream = stream.clone()
             stream[rows] += signals["out"]
