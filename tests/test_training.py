@@ -304,6 +304,7 @@ MAMBA2 = {"layer": "mamba2", "d_model": 16, "headdim": 8}
 MAMBA2_CHANGES = {"layer": "mamba1", "headdim": 16, "ngroups": 2}
 PRUNING_CHANGES = {
     "n_context": 30, "criterion": "norm", "schedule": "geometric", "mean_keep": 0.7, "protect_recent": 0.9,
+    "convolution": "adjacent",
 }  # fmt: skip
 
 
@@ -329,10 +330,12 @@ def test_every_field_of_pruned_training_has_an_effect() -> None:
     given = {"n_context": 24, "criterion": "recency", "schedule": "linear", "mean_keep": 0.6}
     plain = loss_of(module(pruning=given), a_batch())
     changed = {key: loss_of(module(pruning=given | {key: value}), a_batch()) for key, value in PRUNING_CHANGES.items()}
-    # Recency keeps the newest anyway: there, protecting them changes nothing.
+    # Recency keeps the newest anyway: there, protecting them changes nothing, nor is a neighbour missing.
     norm = given | {"criterion": "norm"}
-    changed["protect_recent"] += loss_of(module(pruning=norm), a_batch())
-    changed["protect_recent"] -= loss_of(module(pruning=norm | {"protect_recent": 0.9}), a_batch())
+    for key in ("protect_recent", "convolution"):
+        assert changed.pop(key) == pytest.approx(plain, abs=1e-6), key
+        other = loss_of(module(pruning=norm | {key: PRUNING_CHANGES[key]}), a_batch())
+        assert abs(other - loss_of(module(pruning=norm), a_batch())) > 1e-4, key
     assert [key for key, value in changed.items() if value == plain] == []
 
 
