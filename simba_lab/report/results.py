@@ -31,6 +31,7 @@ _RESULTS: Shape = {
     "n_suffix": ("a positive number", False),
     "windows": ("a number", False),
     "far_tokens": ("a number", False),
+    "far_distance": ("a number", True),
     "environment": ("a mapping", False),
     "config": ("a mapping", False),
     "conclusion": ("a mapping", False),
@@ -64,8 +65,11 @@ _ARM: Shape = {
     "wall_seconds": ("a number", True),
     "run": ("text", False),
     "keep_counts": ("a list of numbers", False),
+    "mean_keep": ("a number", True),
     "by_distance": ("a list", True),
 }
+_MAY_LACK = ("far_distance", "mean_keep", "search")
+_CONFIG: Shape = {"search": ("a mapping", True)}
 _BIN: Shape = {
     "low": ("a number", True),
     "high": ("a number", True),
@@ -92,6 +96,7 @@ def load_results(path: Path, allow_unequal: bool = False) -> dict[str, Any]:
     results = _parse(path)
     _check(results, _RESULTS, path, "")
     _check(results["conclusion"], _CONCLUSION, path, "conclusion.")
+    _check(results["config"], _CONFIG, path, "config.")
     if not results["arms"]:
         raise InputError(f"{path}: arms is empty, it must hold at least the arm the others are compared with")
     for index, arm in enumerate(results["arms"]):
@@ -153,6 +158,8 @@ def _check(value: Any, shape: Shape, path: Path, where: str) -> None:
         raise InputError(f"{path}: {where.rstrip('.')} must be a mapping with the keys {', '.join(shape)}")
     for key, (kind, may_be_null) in shape.items():
         if key not in value:
+            if key in _MAY_LACK:
+                continue
             raise InputError(f"{path}: key {where}{key} is missing, it must be {kind}")
         if not (may_be_null and value[key] is None) and not _is(kind, value[key]):
             raise InputError(f"{path}: {where}{key} is {str(value[key])[:60]!r}, it must be {kind}")
