@@ -175,6 +175,21 @@ def keep_best(values: Sequence[float], k: int) -> list[int]:
     return sorted([len(values) - 1, *ranked[: k - 1]])
 
 
+def oracle_of(
+    sparse: LanguageModel, criterion: str, tokens: Tensor, n_context: int
+) -> tuple[dict[str, Tensor], list[Trace]]:
+    """The oracle's weights, leaves of its graph, and every sequence through it, pruned as ``sparse`` prunes."""
+    counts = sparse.keep_counts(n_context)
+
+    def choose(layer: int, signals: Mapping[str, Tensor], positions: list[int]) -> list[int]:
+        detached = {name: value.detach() for name, value in signals.items()}
+        return keep_best(scores(criterion, detached, positions), counts[layer + 1])
+
+    weights = {name: value.detach().clone().requires_grad_() for name, value in sparse.named_parameters()}
+    adjacent = sparse.pruning.convolution == "adjacent"
+    return weights, [run(weights, sparse.config, row, n_context, choose, adjacent) for row in tokens]
+
+
 def tiny_model(
     seed: int = 0, dtype: torch.dtype = torch.float64, backend: str = "auto", **shape: object
 ) -> LanguageModel:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_oracle import keep_best, random_tokens, run, scores, tiny_model
+from slow_oracle import oracle_of, random_tokens, tiny_model
 from test_model import SCHEDULE_SPECS, close, every_criterion, pruned, same_kept
 from torch import Tensor
 
@@ -168,14 +168,7 @@ def test_mask_and_gather_keep_the_same_positions() -> None:
 def test_pruned_logits_kept_and_gradients_equal_the_slow_oracle(backend: str, criterion: str, n_context: int) -> None:
     lm = model(backend=backend, n_layer=3)
     sparse, tokens = pruned(lm, criterion), random_tokens(2, n_context + 3)
-    counts = sparse.keep_counts(n_context)
-
-    def choose(layer: int, signals: dict[str, Tensor], positions: list[int]) -> list[int]:
-        detached = {name: value.detach() for name, value in signals.items()}
-        return keep_best(scores(criterion, detached, positions), counts[layer + 1])
-
-    weights = {name: value.detach().clone().requires_grad_() for name, value in lm.named_parameters()}
-    traces = [run(weights, lm.config, row, n_context, choose) for row in tokens]
+    weights, traces = oracle_of(sparse, criterion, tokens, n_context)
     out = sparse(tokens, n_context=n_context)
     assert [[kept[i].tolist() for kept in out.kept] for i in range(2)] == [trace.kept for trace in traces]
     close(out.logits, torch.stack([trace.logits for trace in traces]))

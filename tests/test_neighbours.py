@@ -7,7 +7,7 @@ import itertools
 import pytest
 import test_mamba2
 import torch
-from slow_oracle import causal_conv, keep_best, random_tokens, run, scores, tiny_model
+from slow_oracle import causal_conv, oracle_of, random_tokens, tiny_model
 from torch import Tensor
 
 from simba_lab.errors import InputError
@@ -71,14 +71,7 @@ def test_a_stranger_that_is_not_finite_is_not_read() -> None:
 def test_pruned_logits_and_gradients_equal_the_slow_oracle(generation: str, criterion: str, n_context: int) -> None:
     lm = MODELS[generation](n_layer=3)
     sparse, tokens = adjacent(lm, criterion), random_tokens(2, n_context + 3)
-    counts = sparse.keep_counts(n_context)
-
-    def choose(layer: int, signals: dict[str, Tensor], positions: list[int]) -> list[int]:
-        detached = {name: value.detach() for name, value in signals.items()}
-        return keep_best(scores(criterion, detached, positions), counts[layer + 1])
-
-    weights = {name: value.detach().clone().requires_grad_() for name, value in lm.named_parameters()}
-    traces = [run(weights, lm.config, row, n_context, choose, adjacent=True) for row in tokens]
+    weights, traces = oracle_of(sparse, criterion, tokens, n_context)
     out = sparse(tokens, n_context=n_context)
     assert [[kept[i].tolist() for kept in out.kept] for i in range(2)] == [trace.kept for trace in traces]
     expected = torch.stack([trace.logits for trace in traces])
