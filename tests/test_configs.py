@@ -141,12 +141,13 @@ def test_a_sweep_runs_on_tiny_experiments(
 ) -> None:
     """The file as it is, but for sizes, on experiments of the same names."""
     lab = tiny.lab(tmp_path_factory.getbasetemp())
-    for name in ("base", "small"):
-        target = tmp_path / "experiments" / f"{name}.yaml"
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes((lab.folder / f"{name}.yaml").read_bytes())
+    smaller = {arm["experiment"] for arm in read(path)["arms"] if arm.get("kind") == "smaller_dense"}
+    for name, twin in {read(path)["experiment"]: "base", **dict.fromkeys(smaller, "small")}.items():
+        target = tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((lab.folder / f"{twin}.yaml").read_bytes())
     monkeypatch.chdir(tmp_path)
-    sizes = {"windows": 3, "n_context": 96, "n_suffix": 16, "budget.tolerance": 0.01, "statistics.resamples": 100}
+    sizes = {"windows": 3, "n_context": 96, "n_suffix": 16, "budget.tolerance": 0.02, "statistics.resamples": 100}
     if "search" in read(path):
         sizes |= {"search.windows": 3, "search.trials": 2}
     overrides = [part for key, value in sizes.items() for part in ("--set", f"{key}={value}")]
