@@ -51,9 +51,10 @@ class ShardedLayers(FSDPStrategy):
         """A whole checkpoint, of any strategy and number of processes, each process taking its part.
 
         Lightning's own numbers the optimiser's states by the order of the model's parameters, not of the optimiser's
-        groups, and so hands them to the wrong ones if another strategy saved them.
+        groups, and so hands them to the wrong ones if another strategy saved them. Code is never unpickled, whatever
+        ``weights_only`` says.
         """
-        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=weights_only is not False, mmap=True)
+        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
         kinds = (FullStateDictConfig, FullOptimStateDictConfig)
         whole = [kind(offload_to_cpu=False, rank0_only=False) for kind in kinds]
         with FullyShardedDataParallel.state_dict_type(self.model, StateDictType.FULL_STATE_DICT, *whole):
