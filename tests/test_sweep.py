@@ -19,7 +19,7 @@ from simba_lab.checkpoint import save_model
 from simba_lab.errors import InputError
 from simba_lab.evaluate import windows as window_scoring
 from simba_lab.pruning import KeepSchedule
-from simba_lab.sweep import SweepConfig, run_sweep
+from simba_lab.sweep import SweepConfig, read_sweep, run_sweep
 from simba_lab.sweep.plan import SweepPlan, make_plan
 from simba_lab.sweep.study import open_study
 from simba_lab.training import read_experiment
@@ -129,6 +129,14 @@ def test_names_show_every_option_that_was_set(lab: tiny.Lab, tmp_path: Path) -> 
         "linear:blocks(criterion=random(seed=2))+adjacent",
         "whole",
     ]
+
+
+def test_a_value_of_the_file_is_overruled_where_it_stands(lab: tiny.Lab, tmp_path: Path) -> None:
+    file = lab.sweep(tmp_path / "s.yaml")
+    config = read_sweep(file, ["arms.0.experiment=other.yaml", "arms.3.protect_recent=0.5", "budget.tolerance=0.02"])
+    given = read_sweep(file)
+    assert (config.arms[0].experiment, config.arms[3].protect_recent) == ("other.yaml", 0.5)
+    assert config.arms[1:3] == given.arms[1:3] and config.budget.tolerance == 0.02
 
 
 @pytest.mark.parametrize(

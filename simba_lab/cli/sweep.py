@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="the sweep, a YAML file")
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides",
-        help="overrule a value of the file, e.g. --set windows=100; may be repeated",
+        help="overrule a value of the file, e.g. --set windows=100 or --set arms.0.experiment=FILE; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--workers", metavar="N", type=int, default=1,

@@ -188,14 +188,24 @@ def _overrule(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise InputError(f"--set: {override!r} should be key=value, e.g. windows=100 or search.trials=80")
     *parents, last = key.split(".")
+    place: Any = values
     for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
+        place = place[_step(place, parent, key)] if isinstance(place, list) else place.setdefault(parent, {})
+        if not isinstance(place, (dict, list)):
             raise InputError(f"--set: {parent} in {key!r} has no keys of its own")
     try:
-        values[last] = yaml.safe_load(text)
+        place[_step(place, last, key)] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise InputError(f"--set: the value of {key}, {text!r}, is not YAML") from None
+
+
+def _step(place: dict[str, Any] | list[Any], part: str, key: str) -> Any:
+    """``part`` of a dotted key as an index of ``place``: entries of a list are named by their number from 0."""
+    if isinstance(place, dict):
+        return part
+    if not (part.isdecimal() and int(part) < len(place)):
+        raise InputError(f"--set: {part} in {key!r} is no entry of a list of {len(place)}; they are numbered from 0")
+    return int(part)
 
 
 def _first_mistake(errors: Sequence[Any]) -> str:
