@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     torch.set_num_threads(threads)
-    # Commands that tests start: sums are split by threads, so equal bits take equally many.
+    # Commands that tests start: libraries may split sums by threads, and equal bits are promised for equally many.
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
 

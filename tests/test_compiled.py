@@ -66,10 +66,20 @@ def test_types_of_arguments_reach_the_helper_as_they_are(transposed: bool, writa
 def unknown_to_the_helper() -> None: ...
 
 
-def test_a_kernel_that_the_helper_cannot_compile_is_named_and_compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unknown_to_the_helper, "__module__", "no_such_module")
-    with pytest.warns(UserWarning, match="unknown_to_the_helper was not compiled by its helper: ModuleNotFoundError"):
-        assert not compiled._helper(os.getpid()).compile(unknown_to_the_helper, ())
+def test_a_kernel_that_the_helper_cannot_find_is_named_and_compiled_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    @compiled.kernel
+    def doubled(x):  # noqa: ANN001, ANN202 - compiled by Numba
+        for i in numba.prange(x.size):
+            x[i] *= 2
+
+    values = np.arange(3.0)
+    with pytest.warns(UserWarning, match="doubled was not compiled by its helper: AttributeError"):
+        doubled(values)
+    assert values.tolist() == [0, 2, 4]
 
 
 def test_the_helper_is_started_again_after_its_death() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_oracle import oracle_of, random_tokens, tiny_model
-from test_model import SCHEDULE_SPECS, close, every_criterion, pruned, same_kept
+from test_model import SCHEDULE_SPECS, close, decoding_equals_one_pass, every_criterion, pruned, same_kept
 from torch import Tensor
 
 import simba_lab
@@ -81,17 +80,8 @@ def test_one_pass_equals_prefill_and_decoding_in_any_pieces(
 ) -> None:
     sparse, tokens = pruned(model(), criterion, schedule, protect), random_tokens(2, n_context + n_suffix, seed)
     with torch.no_grad():
-        whole, prefix = sparse(tokens, n_context=n_context), sparse.prefill(tokens[:, :n_context])
-        assert same_kept(whole, prefix)
-        for bounds in (range(n_suffix + 1), sorted({0, min(cut, n_suffix), n_suffix})):
-            logits, states = [prefix.logits], prefix.states
-            for start, end in itertools.pairwise(bounds):
-                new, states = sparse.extend(tokens[:, n_context + start : n_context + end], states)
-                logits.append(new)
-            close(torch.cat(logits, dim=1), whole.logits)
-            for state, expected in zip(states, whole.states, strict=True):
-                close(state.conv, expected.conv)
-                close(state.ssm, expected.ssm)
+        in_two = sorted({0, min(cut, n_suffix), n_suffix})
+        states = decoding_equals_one_pass(sparse, tokens, n_context, range(n_suffix + 1), in_two).states
     assert states[0].conv.shape == (2, 3, 12 + 2 * 2 * 3) and states[0].ssm.shape == (2, 4, 3, 3)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -42,6 +43,24 @@ def same_kept(a: Output, b: Output) -> bool:
 def close(a: Tensor, b: Tensor) -> None:
     tolerance = 1e-10 if a.dtype == torch.float64 else 2e-4
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def decoding_equals_one_pass(
+    sparse: LanguageModel, tokens: Tensor, n_context: int, *cuttings: Sequence[int]
+) -> Output:
+    """The one pass. Each cutting bounds the pieces in which the suffix is decoded after the prefill."""
+    whole, prefix = sparse(tokens, n_context=n_context), sparse.prefill(tokens[:, :n_context])
+    assert same_kept(whole, prefix)
+    for bounds in cuttings:
+        logits, states = [prefix.logits], prefix.states
+        for start, end in itertools.pairwise(bounds):
+            new, states = sparse.extend(tokens[:, n_context + start : n_context + end], states)
+            logits.append(new)
+        close(torch.cat(logits, dim=1), whole.logits)
+        for state, expected in zip(states, whole.states, strict=True):
+            close(state.conv, expected.conv)
+            close(state.ssm, expected.ssm)
+    return whole
 
 
 def test_every_registered_schedule_is_tried_here() -> None:
@@ -85,20 +104,10 @@ def test_one_pass_equals_prefill_and_decoding_in_any_pieces(
     sparse = pruned(lm, criterion, schedule, protect)
     tokens = random_tokens(2, n_context + n_suffix, seed)
     with torch.no_grad():
-        whole, prefix = sparse(tokens, n_context=n_context), sparse.prefill(tokens[:, :n_context])
-        assert same_kept(whole, prefix)
-        assert [kept.shape[1] for kept in whole.kept] == sparse.keep_counts(n_context)
-        token_by_token = list(range(n_suffix + 1))
+        token_by_token = range(n_suffix + 1)
         in_pieces = sorted({0, n_suffix} | {cut for cut in cuts if cut < n_suffix})
-        for bounds in (token_by_token, in_pieces):
-            logits, states = [prefix.logits], prefix.states
-            for start, end in itertools.pairwise(bounds):
-                new, states = sparse.extend(tokens[:, n_context + start : n_context + end], states)
-                logits.append(new)
-            close(torch.cat(logits, dim=1), whole.logits)
-            for state, expected in zip(states, whole.states, strict=True):
-                close(state.conv, expected.conv)
-                close(state.ssm, expected.ssm)
+        whole = decoding_equals_one_pass(sparse, tokens, n_context, token_by_token, in_pieces)
+    assert [kept.shape[1] for kept in whole.kept] == sparse.keep_counts(n_context)
 
 
 def test_no_tokens_to_extend_by_change_nothing() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 
 import pytest
 import test_mamba2
 import torch
 from slow_oracle import causal_conv, oracle_of, random_tokens, tiny_model
+from test_model import close, decoding_equals_one_pass
 from torch import Tensor
 
+from simba_lab.cli.pruning_flags import configure_pruning, described_plan
 from simba_lab.errors import InputError
 from simba_lab.evaluate.arguments import pruning_plan
 from simba_lab.evaluate.arms import parse_arm
@@ -24,10 +27,6 @@ every_generation = pytest.mark.parametrize("generation", MODELS)
 
 def adjacent(lm: LanguageModel, criterion: str = "norm", final_keep: float = 0.2) -> LanguageModel:
     return lm.sparsified(criterion, "linear", final_keep=final_keep, convolution="adjacent")
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def arguments(length: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,15 +87,7 @@ def test_pruned_logits_and_gradients_equal_the_slow_oracle(generation: str, crit
 def test_one_pass_equals_prefill_and_decoding(generation: str, n_context: int) -> None:
     sparse, tokens = adjacent(MODELS[generation]()), random_tokens(2, n_context + 5)
     with torch.no_grad():
-        whole, prefix = sparse(tokens, n_context=n_context), sparse.prefill(tokens[:, :n_context])
-        for bounds in (range(6), (0, 2, 5)):
-            logits, states = [prefix.logits], prefix.states
-            for start, end in itertools.pairwise(bounds):
-                new, states = sparse.extend(tokens[:, n_context + start : n_context + end], states)
-                logits.append(new)
-            close(torch.cat(logits, dim=1), whole.logits)
-            for state, expected in zip(states, whole.states, strict=True):
-                close(state.conv, expected.conv)
+        decoding_equals_one_pass(sparse, tokens, n_context, range(6), (0, 2, 5))
 
 
 @every_generation
@@ -120,6 +111,11 @@ def test_it_is_kept_named_and_costs_nothing() -> None:
     assert parse_arm("linear:norm@0.6+adjacent", lm).pruning.convolution == "adjacent"
     asked = pruning_plan(sparse, "recency", None, None, None, None, False, {})
     assert asked.convolution == "adjacent", "what is not given is as the model was saved"
+    parser = argparse.ArgumentParser()
+    configure_pruning(parser.add_argument_group())
+    flags = [["--criterion", "norm", "--final-keep", "0.2", *more] for more in ([], ["--convolution", "adjacent"])]
+    plans = [described_plan(parser.parse_args(given), lm.config.n_layer) for given in flags]
+    assert [plan.convolution for plan in plans] == ["compacted", "adjacent"]
 
 
 @pytest.mark.parametrize("arm", ["linear:norm@0.6+adjoining", "linear:norm@0.6+"])

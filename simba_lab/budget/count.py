@@ -70,6 +70,7 @@ class _Traced(nn.Module):
         self.scores = nn.ModuleList()
         if plan is not None:
             self.scores.extend(_ScoreScope(plan.criterion) for _ in range(twin.config.n_layer))
+            # Compacted always: convolutions of true neighbours cost the same and are no single op in a trace.
             plan = PruningPlan(_ScopedCriterion(self.scores), plan.schedule, plan.protect_recent)
         self.model = twin.with_pruning(plan)
 

@@ -105,7 +105,8 @@ def _drafts(
     if entry.kind == "pruned":
         yield from _pruned(entry, sizes, base)
         return
-    if {entry.criterion, entry.schedule} != {None} or entry.protect_recent or entry.convolution != "compacted":
+    scored = entry.criterion is not None or entry.schedule is not None
+    if scored or entry.protect_recent or entry.convolution != "compacted":
         raise InputError(f"arms: a {entry.kind} arm takes no criterion, schedule, protect_recent or convolution")
     name = entry.name or entry.kind
     if entry.kind == "smaller_dense":

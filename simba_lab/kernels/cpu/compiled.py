@@ -127,6 +127,7 @@ def serve() -> None:
     """Compile what standard input asks for until it is closed or nothing has been asked for a while."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     answers, sys.stdout = sys.stdout, sys.stderr
+    _Cache.compiling_here = True
     while select.select([sys.stdin], [], [], IDLE_SECONDS)[0] and (line := sys.stdin.readline()):
         module, name, sig = json.loads(line)
         try:
@@ -153,7 +154,6 @@ def _type(described: list[Any]) -> types.Type:
 def _compile(dispatcher: Any, sig: tuple[Any, ...]) -> None:
     """Into the cache, unless another process' helper has just done it."""
     cache = dispatcher._cache
-    type(cache).compiling_here = True
     os.makedirs(cache.cache_path, exist_ok=True)
     with open(Path(cache.cache_path) / ".compiling", "a") as lock:  # closing it releases it
         fcntl.flock(lock, fcntl.LOCK_EX)
