@@ -1,4 +1,4 @@
-"""Lightning's command line over our module and data, and the reading of experiment files through it.
+"""Lightning's command line over our module and data.
 
 The run folder is ``trainer.default_root_dir``. Everything an experiment file may say is typed here; an unknown key is
 an error.
@@ -11,11 +11,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from jsonargparse.typing import register_type
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -23,21 +21,21 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from simba_lab.errors import InputError
 from simba_lab.files import clear_partial
-from simba_lab.model import LanguageModel
 from simba_lab.training import sharding
 from simba_lab.training.events import EventsLogger
 from simba_lab.training.folder import disk_errors, only_one
 from simba_lab.training.guard import FiniteGuard
-from simba_lab.training.mistakes import blaming_config, check_checkpoint, check_config_files, read_yaml, shortened
+from simba_lab.training.mistakes import blaming_config, check_checkpoint, check_config_files, shortened
 from simba_lab.training.module import LanguageModeling, PartSpec
 from simba_lab.training.progress import Throughput, progress_callback
 from simba_lab.training.record import MetricsFile, RunCheckpoint, RunRecord
+from simba_lab.training.start import check_weights
 from simba_lab.training.stopping import Stopping, WholeCheckpoints
 
 CONFIG_FILE = "config.yaml"
 
 
-class _Parser(LightningArgumentParser):
+class Parser(LightningArgumentParser):
     """Errors in one line, exit code 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -80,7 +78,7 @@ class Cli(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         register_type(PartSpec, lambda part: part.spec, PartSpec, fail_already_registered=False)
-        parser = _Parser(**kwargs)
+        parser = Parser(**kwargs)
         parser.add_argument("-c", "--config", action="config", help="a YAML file; several are laid over each other")
         return parser
 
@@ -89,6 +87,7 @@ class Cli(LightningCLI):
         if subcommand := self.config.get("subcommand"):
             config = self.config[subcommand]
             check_checkpoint(config.ckpt_path, _run_folder(config), subcommand)
+            check_weights(config.model.weights, _run_folder(config) if subcommand == "fit" else None)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.vocab_size", "model.model.vocab_size", apply_on="instantiate")
@@ -199,65 +198,6 @@ def _built(arguments: Sequence[str], run: bool, stopping: Stopping, held: ExitSt
         parser_kwargs={"prog": "simba-lab"},
         held=held,
     )
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What an experiment file describes, built but not trained."""
-
-    path: Path
-    folder: Path
-    model: LanguageModel
-    data: LightningDataModule
-    resolved: dict[str, Any]
-
-    def is_trained(self) -> bool:
-        """Whether the run folder holds the finished run of just this experiment.
-
-        Raises InputError if it holds the run of another one.
-        """
-        from simba_lab.training.record import RUN_FILE
-
-        record, config = self.folder / RUN_FILE, self.folder / CONFIG_FILE
-        if not (record.is_file() and config.is_file()):
-            return False
-        differing = _difference(read_yaml(config, "experiment"), self.resolved)
-        if differing:
-            raise InputError(
-                f"{self.folder} holds a run with another {differing} than {self.path}; "
-                "move the folder away or change trainer.default_root_dir"
-            )
-        return read_yaml(record, "experiment").get("status") == "done"
-
-
-def read_experiment(path: Path) -> Experiment:
-    """Read an experiment file strictly. Raises InputError for a missing file, an unknown key or a wrong value."""
-    if not Path(path).is_file():
-        raise InputError(f"experiment: {path} does not exist")
-    cli = run_cli(["--config", str(path)], run=False)
-    resolved = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
-    return Experiment(Path(path), Path(cli.trainer.default_root_dir), cli.model.lm, cli.datamodule, resolved)
-
-
-def _difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """Dotted name of the first setting of model or data, or of the number of steps, in which two configs differ."""
-    for section in ("seed_everything", "model", "data"):
-        differing = _first_difference(section, saved.get(section), wanted.get(section))
-        if differing:
-            return differing
-    trainers = [config.get("trainer") for config in (saved, wanted)]
-    steps = [trainer.get("max_steps") if isinstance(trainer, dict) else trainer for trainer in trainers]
-    return None if steps[0] == steps[1] else "trainer.max_steps"
-
-
-def _first_difference(path: str, saved: Any, wanted: Any) -> str | None:
-    if isinstance(saved, dict) and isinstance(wanted, dict):
-        for key in [*saved, *(key for key in wanted if key not in saved)]:
-            differing = _first_difference(f"{path}.{key}", saved.get(key), wanted.get(key))
-            if differing:
-                return differing
-        return None
-    return None if saved == wanted else path
 
 
 def _quiet() -> None:

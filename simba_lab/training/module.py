@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -25,6 +26,7 @@ from simba_lab.pruning import PruningPlan
 from simba_lab.training.graphs import Step
 from simba_lab.training.loss import IGNORED, TokenLoss
 from simba_lab.training.sharding import clip_by_norm, plain_name, sharded
+from simba_lab.training.start import START_KEY, start_from
 
 LEDGER_KEY = "simba_lab_ledger"
 FREE_MATRICES = ("A_log", "embedding.weight", "lm_head.weight")
@@ -68,6 +70,8 @@ class LanguageModeling(LightningModule):
     Args:
         model: shape and initialisation of the model.
         pruning: train with pruning on; null trains dense on every position.
+        weights: finished weights to start from, cast to fp32: a run folder, a .ckpt, or whatever else simba_lab.load
+            reads, of the same shape and tokenizer; null draws them from the seed.
         backend: kernels, by name, or auto.
         seed: of the initial weights.
         learning_rate: peak of AdamW's learning rate.
@@ -83,6 +87,7 @@ class LanguageModeling(LightningModule):
         self,
         model: ModelConfig,
         pruning: PrunedTraining | None = None,
+        weights: str | None = None,
         backend: str = "auto",
         seed: int = 0,
         learning_rate: float = 3e-3,
@@ -110,6 +115,8 @@ class LanguageModeling(LightningModule):
             )
             plan.schedule.counts(model.n_layer, pruning.n_context)
         self.lm = LanguageModel(model, plan, backend, seed)
+        self.weights = weights
+        self.started_from: dict[str, Any] | None = None
         # Told from shapes, which a strategy that divides the weights among processes changes.
         self.parameter_count = sum(parameter.numel() for parameter in self.lm.parameters())
         named = self.lm.named_parameters()
@@ -122,13 +129,20 @@ class LanguageModeling(LightningModule):
         self.nll_sum, self.byte_sum = (SumMetric().set_dtype(torch.float64) for _ in range(2))
 
     def setup(self, stage: str) -> None:
-        """Raises InputError if the data's windows are shorter than the context, before anything is written."""
-        length = getattr(self.trainer.datamodule, "length", None)
+        """Puts finished weights in place, once; a checkpoint to resume from comes after them.
+
+        Raises InputError if they do not fit or the data's windows are shorter than the context, before anything is
+        written.
+        """
+        data = self.trainer.datamodule
+        length = getattr(data, "length", None)
         if self.pruned is not None and length is not None and self.pruned.n_context > length:
             raise InputError(
                 f"model.pruning.n_context: {self.pruned.n_context} is longer than data.length, "
                 f"a window of {length} tokens"
             )
+        if self.weights is not None and self.started_from is None:
+            self.started_from = start_from(self.weights, self.lm, getattr(data, "tokenizer", None))
 
     def scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (n, V) and labels (n,) of all positions if dense, else of boundary and suffix.
@@ -236,12 +250,22 @@ class LanguageModeling(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[SPEC_KEY] = model_spec(self.lm)
+        checkpoint[START_KEY] = self.started_from
         checkpoint[LEDGER_KEY] = {"entries": list(self.ledger.entries.items()), "tokens": self.tokens_seen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint.get(SPEC_KEY) != model_spec(self.lm):
             raise InputError("ckpt_path: the checkpoint holds another model than the config describes")
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_start(checkpoint.get(START_KEY))
         saved = checkpoint[LEDGER_KEY]
         self.ledger.entries.clear()
         self.ledger.entries.update(dict(saved["entries"]))
         self.tokens_seen = saved["tokens"]
+
+    def _check_start(self, saved: dict[str, Any] | None) -> None:
+        """A fit goes on only from where it began, so that its config and its record stay true."""
+        began, given = (start and start["sha256"] for start in (saved, self.started_from))
+        if began != given:
+            source = "the seed" if saved is None else f"{saved['weights']} as it was then"
+            raise InputError(f"ckpt_path: the checkpoint's fit began from {source}, model.weights says otherwise")

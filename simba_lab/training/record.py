@@ -133,6 +133,7 @@ class RunRecord(Callback):
         record = {
             "status": status,
             "command": command_line(),
+            "started_from": module.started_from,
             "step": trainer.global_step,
             "tokens": module.tokens_seen,
             "seconds": round(self._seconds(), 2),
