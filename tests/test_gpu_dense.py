@@ -164,6 +164,82 @@ def test_pieces_add_up_the_same_however_they_are_cut(monkeypatch: pytest.MonkeyP
 def test_other_widths_are_refused() -> None:
     with pytest.raises(InputError, match="d_conv: the triton backend takes 2, 3 or 4, not 5"):
         conv.causal_conv(*conv_arguments(1, 2, 3, 5))
+    with pytest.raises(InputError, match="d_conv: the triton backend takes 2, 3 or 4, not 5"):
+        conv.neighbour_conv(*conv_arguments(1, 2, 3, 5, initial=False), counted(kept_places(1, 2)))
+
+
+# Convolution of true neighbours
+
+
+def kept_places(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Positions (B, L), ascending, of ``length`` tokens of a text of half as many again, in runs."""
+    generator = torch.Generator().manual_seed(seed + length)
+    text = torch.rand(batch, length + length // 2 + 1, generator=generator)
+    return text.topk(length, dim=1).indices.sort(dim=1).values
+
+
+def counted(places: Tensor) -> Tensor:
+    """Tokens (B, L) int64 directly before each that were directly before it in the text, all of the run."""
+    index = torch.arange(places.shape[1])
+    starts = torch.where(places.diff(dim=1, prepend=places[:, :1]) == 1, 0, index)
+    return (index - starts.cummax(dim=1).values).to(DEVICE)
+
+
+def adjacent(op: Callable, neighbours: Tensor) -> Callable:
+    return lambda x, weight, bias: op.neighbour_conv(x, weight, bias, neighbours)
+
+
+def compare_adjacent(arguments: list[Tensor], neighbours: Tensor, tolerance: float) -> None:
+    compare(adjacent(conv, neighbours), adjacent(reference, neighbours), arguments, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 5, 4), (1, 2, 24, 3), (2, 17, 5, 2), (2, 45, 24, 4)], ids=str)
+def test_neighbours_equal_reference(nan_memory: None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Forty-five tokens are more than one piece, forwards and (in fp32 and fp16) counts are capped at W - 1."""
+    arguments = cast(conv_arguments(*shape, initial=False), dtype)
+    neighbours = counted(kept_places(*shape[:2]))
+    if dtype != torch.bfloat16:
+        neighbours = neighbours.clamp(max=shape[3] - 1)
+    compare_adjacent(arguments, neighbours, TOLERANCE[dtype])
+
+
+def test_neighbours_over_pieces_and_in_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BACKWARD", "ADJACENT"):
+        monkeypatch.setattr(conv, name, conv.Tiling(4, 8, 1024))
+    x, weight, bias = conv_arguments(2, 21, 6, 4, initial=False)
+    neighbours = counted(kept_places(2, 21))
+    compare_adjacent([x, weight, bias], neighbours, TOLERANCE[torch.float64])
+    columns = [x.mT.contiguous().mT, weight.mT.contiguous().mT, draw(12, seed=1)[::2]]
+    compare_adjacent(columns, neighbours.mT.contiguous().mT.int(), TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_neighbours_when_only_one_output_is_used(used: int) -> None:
+    neighbours = counted(kept_places(2, 7))
+    fast, slow = (only(used, adjacent(op, neighbours)) for op in (conv, reference))
+    compare(fast, slow, conv_arguments(2, 7, 5, 4, initial=False), 1e-12)
+
+
+def test_with_all_its_neighbours_a_token_is_convolved_as_ever() -> None:
+    x, weight, bias = cast(conv_arguments(2, 13, 5, 4, initial=False), torch.float32)
+    everyone = torch.arange(13, device=DEVICE).expand(2, -1)
+    ours = outputs_and_gradients(adjacent(conv, everyone), [x, weight, bias])
+    for mine, plain in zip(ours, outputs_and_gradients(conv.causal_conv, [x, weight, bias]), strict=True):
+        assert torch.equal(mine, plain)
+
+
+def test_strangers_that_are_not_finite_are_not_read() -> None:
+    """Neither by the sum nor, where their own gradient is not finite, on the way back."""
+    x, weight, bias = cast(conv_arguments(2, 6, 5, 4, initial=False), torch.float32)
+    x[:, 2] = float("nan")
+    neighbours = torch.tensor([[0, 1, 0, 0, 1, 2]] * 2, device=DEVICE)
+    x.requires_grad_()
+    out, last = conv.neighbour_conv(x, weight, bias, neighbours)
+    (dx,) = torch.autograd.grad(out.sum() + last.sum(), x)
+    for tensor in (out, dx):
+        assert tensor.isnan().any(2).tolist() == [[False, False, True, False, False, False]] * 2
+    assert not last.isnan().any()
 
 
 # Norm
@@ -247,9 +323,13 @@ def test_torchs_contract() -> None:
     x, weight, bias, initial = leaves
     torch.library.opcheck(conv._conv, (x, weight, bias, initial), test_utils=CHECKS)
     torch.library.opcheck(conv._conv, (x, weight, bias, None), test_utils=CHECKS)
+    neighbours = counted(kept_places(2, 3))
+    torch.library.opcheck(conv._conv, (x, weight, bias, None, neighbours), test_utils=CHECKS)
     plain = [t.detach() for t in leaves]
     torch.library.opcheck(conv._conv_backward, (*plain, plain[0].clone(), plain[3].clone()), test_utils=CHECKS)
     torch.library.opcheck(conv._conv_backward, (*plain[:3], None, plain[0].clone(), None), test_utils=CHECKS)
+    alone = (*plain[:3], None, plain[0].clone(), plain[3].clone(), neighbours)
+    torch.library.opcheck(conv._conv_backward, alone, test_utils=CHECKS)
     hidden, residual, scale = [t.requires_grad_() for t in cast(norm_arguments(2, 3, 5), torch.float32)]
     torch.library.opcheck(norm._norm, (hidden, residual, scale, 1e-5, torch.bfloat16), test_utils=CHECKS)
     torch.library.opcheck(norm._norm, (hidden, None, scale, 1e-5, torch.float32), test_utils=CHECKS)
@@ -273,7 +353,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from simba_lab.kernels.gpu import conv, norm
+from simba_lab.kernels.gpu import conv, conv_kernels, norm
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -293,11 +373,16 @@ def check(name, kernel, warps, **arguments):
 
 half, wide = "*bf16", "*fp32"
 shape = {"W": 4, "BLOCK": conv.BLOCK}
-check("conv-forward", conv._forward_kernel, 2, x=half, weight=wide, bias=wide, initial=None, out=half, last=half,
-      GROUP=conv.FORWARD.group, **shape)
-check("conv-backward", conv._backward_kernel, 4, x=half, weight=wide, bias=wide, initial=None, dout=half, dlast=None,
-      dx=half, dinitial=None, partial=wide, GROUP=conv.BACKWARD.group, **shape)
-check("conv-reduce", conv._reduce_kernel, 4, partial=wide, dweight=wide, dbias=wide, W=4, ROWS=32, BLOCK=64)
+check("conv-forward", conv_kernels.convolve, 2, x=half, weight=wide, bias=wide, initial=None, neighbours=None, out=half,
+      last=half, GROUP=conv.FORWARD.group, **shape)
+check("conv-backward", conv_kernels.convolve_backward, 4, x=half, weight=wide, bias=wide, initial=None, neighbours=None,
+      dout=half, dlast=None, dx=half, dinitial=None, partial=wide, GROUP=conv.BACKWARD.group, **shape)
+check("adjacent-forward", conv_kernels.convolve, 2, x=half, weight=wide, bias=wide, initial=None, neighbours="*i64",
+      out=half, last=half, GROUP=conv.ADJACENT.group, **shape)
+check("adjacent-backward", conv_kernels.convolve_backward, 4, x=half, weight=wide, bias=wide, initial=None,
+      neighbours="*i64", dout=half, dlast=None, dx=half, dinitial=None, partial=wide, GROUP=conv.BACKWARD.group,
+      **shape)
+check("conv-reduce", conv_kernels.add_up, 4, partial=wide, dweight=wide, dbias=wide, W=4, ROWS=32, BLOCK=64)
 block, warps = norm.row_layout(2560)
 check("norm-forward", norm._forward_kernel, warps, hidden=half, residual=wide, weight=wide, normed=half, stream=wide,
       inverse=wide, eps="fp32", BLOCK=block)
@@ -313,8 +398,8 @@ def test_kernels_compile_for_the_gpu() -> None:
     assert run.returncode == 0, run.stderr
     found = {name: accesses for name, *accesses in map(str.split, run.stdout.splitlines())}
     assert {name: accesses[0] for name, accesses in found.items()} == {
-        f"conv-{part}": "0" for part in ("forward", "backward", "reduce")
-    } | {f"norm-{part}": "0" for part in ("forward", "backward")}
+        f"{op}-{part}": "0" for op in ("conv", "adjacent", "norm") for part in ("forward", "backward")
+    } | {"conv-reduce": "0"}
     for name in ("conv-forward", "norm-forward", "norm-backward"):
         narrow = {access for access in found[name][1:] if not access.endswith("v4.b32")}
         assert narrow <= {"ld.global.b32", "st.global.b32"}, name  # the inverse rms of a row is a single number

@@ -7,6 +7,7 @@ code runs on CPU tensors in Triton's interpreter, which is how it is tested with
 from __future__ import annotations
 
 from simba_lab.kernels.gpu.conv import causal_conv as causal_conv
+from simba_lab.kernels.gpu.conv import neighbour_conv as neighbour_conv
 from simba_lab.kernels.gpu.cross_entropy import cross_entropy as cross_entropy
 from simba_lab.kernels.gpu.gated_norm import gated_rms_norm as gated_rms_norm
 from simba_lab.kernels.gpu.gather import keep_tokens as keep_tokens
@@ -17,4 +18,3 @@ from simba_lab.kernels.gpu.select import select_tokens as select_tokens
 from simba_lab.kernels.gpu.ssd_scan import ssd as ssd
 from simba_lab.kernels.gpu.ssd_scores import ssd_impact as ssd_impact
 from simba_lab.kernels.reference import linear as linear
-from simba_lab.kernels.reference import neighbour_conv as neighbour_conv
