@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from safetensors.torch import load_file
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 from simba_lab.data.loading import evaluation_loader, training_loader
 from simba_lab.errors import InputError
+from simba_lab.training import exchange
 from simba_lab.training.sharding import check_strategy
 
 PRUNING = {"n_context": 32, "schedule": "linear", "mean_keep": 0.6}
@@ -50,11 +54,14 @@ def alone(folder: Path, text: Path, until: int = 6, pruning: Any = PRUNING) -> P
     return folder
 
 
-def together(folder: Path, text: Path, until: int = 6, strategy: str = "ddp", pruning: Any = PRUNING) -> Path:
-    """A fit by two processes, each with half of the windows."""
+def together(
+    folder: Path, text: Path, until: int = 6, strategy: str = "ddp", pruning: Any = PRUNING, script: str | None = None
+) -> Path:
+    """A fit by two processes, each with half of the windows; ``script`` stands in for ``simba-lab``."""
     given = settings(folder, text, pruning, trainer__max_steps=until, data__init_args__batch_size=4)
     given |= {"trainer.devices": 2, "trainer.strategy": strategy}
-    program = ["-m", "simba_lab"] if strategy == "ddp" else [str(Path(__file__).with_name("sharded_on_cpu.py"))]
+    script = "sharded_on_cpu.py" if strategy == "fsdp" else script
+    program = ["-m", "simba_lab"] if script is None else [str(Path(__file__).with_name(script))]
     done = subprocess.run(
         [sys.executable, *program, *command(folder, given)],
         capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -73,6 +80,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """A run of one process, never interrupted."""
     return alone(tmp_path_factory.mktemp("alone") / "one", text)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """The same run by two processes."""
+    return together(tmp_path_factory.mktemp("together") / "two", text)
 
 
 def numbers(folder: Path, key: str) -> list[float]:
@@ -95,10 +108,62 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does_on_the_same_global_batch(tmp_path: Path, one: Path, text: Path) -> None:
-    two = together(tmp_path / "two", text)
+def test_two_processes_train_as_one_does_on_the_same_global_batch(one: Path, two: Path) -> None:
     assert_same_run(two, one)
     assert [json.loads((run / "run.json").read_text())["processes"] for run in (two, one)] == [2, 1]
+
+
+@pytest.mark.slow
+def test_exchanging_gradients_after_the_backward_pass_changes_nothing(tmp_path: Path, two: Path, text: Path) -> None:
+    """As replayed steps do; the weights of plain ``ddp`` to the bit, since two numbers add up the same either way."""
+    replayed = together(tmp_path / "replayed", text, script="replayed_on_cpu.py")
+    weights, plain = (load_file(run / "model.safetensors") for run in (replayed, two))
+    assert all(torch.equal(weights[name], weight) for name, weight in plain.items())
+    assert numbers(replayed, "train/loss") == numbers(two, "train/loss")
+    assert_same_run(replayed, two)
+
+
+@pytest.mark.parametrize(("elements", "sizes"), [(6, [[4, 1], [5], [1], [9], [2]]), (100, [[4, 1, 5], [1, 9, 2]])])
+def test_gradients_go_in_buckets_of_one_dtype(elements: int, sizes: list[list[int]]) -> None:
+    narrow = [torch.ones(n, dtype=torch.bfloat16) for n in (4, 1, 5)]
+    wide = [torch.ones(n) for n in (1, 9, 2)]
+    found = [[t.numel() for t in bucket] for bucket in exchange.buckets([*narrow, *wide], elements)]
+    assert found == sizes
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def wrapping(kind: type[DDPStrategy] = DDPStrategy, **options: Any) -> DDPStrategy:
+    strategy = kind(accelerator=None)
+    strategy.model = DistributedDataParallel(torch.nn.Linear(2, 1), **options)
+    return strategy
+
+
+def test_gradients_are_exchanged_afterwards_only_where_that_is_the_same(group: None) -> None:
+    assert exchange.refusal(wrapping()) is None and exchange.refusal(SingleDeviceStrategy()) is None
+    for option in ("find_unused_parameters", "static_graph"):
+        assert "look at the backward pass" in exchange.refusal(wrapping(**{option: True}))
+    hooked = wrapping()
+    hooked.model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    assert exchange.refusal(hooked) == "a communication hook exchanges gradients"
+    assert "Own exchanges gradients during" in exchange.refusal(wrapping(type("Own", (DDPStrategy,), {})))
+
+
+def test_an_exchange_gives_back_what_it_took(group: None) -> None:
+    wrapped = wrapping().model
+    taken = exchange.Exchange(wrapped)
+    assert not wrapped.require_backward_grad_sync
+    wrapped(torch.ones(3, 2)).sum().backward()
+    taken.average()
+    assert wrapped.module.weight.grad.tolist() == [[3.0, 3.0]] and wrapped.module.bias.grad.tolist() == [3.0]
+    taken.close()
+    assert wrapped.require_backward_grad_sync
 
 
 @pytest.mark.slow
@@ -130,10 +195,13 @@ def test_one_process_goes_on_where_divided_layers_were(tmp_path: Path, text: Pat
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("pruning", [None, PRUNING])
-def test_two_gpus_with_divided_weights_train_as_one(tmp_path: Path, text: Path, pruning: Any) -> None:
-    on_gpu = {"trainer.accelerator": "gpu", "model.backend": "auto", "model.cuda_graphs": "off"}
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_two_gpus_train_as_one(tmp_path: Path, text: Path, strategy: str, pruning: Any) -> None:
+    """With divided weights; or with whole ones and replayed steps."""
+    graphs = "off" if strategy == "fsdp" else "auto"
+    on_gpu = {"trainer.accelerator": "gpu", "model.backend": "auto", "model.cuda_graphs": graphs}
     losses = {}
-    for name, own in (("one", {}), ("two", {"trainer.devices": 2, "trainer.strategy": "fsdp"})):
+    for name, own in (("one", {}), ("two", {"trainer.devices": 2, "trainer.strategy": strategy})):
         given = settings(tmp_path / name, text, pruning, data__init_args__batch_size=4 if own else 8) | on_gpu | own
         fit = [sys.executable, "-m", "simba_lab", *command(tmp_path / name, given)]
         subprocess.run(fit, check=True, timeout=600)

@@ -92,7 +92,7 @@ class Uncaptured:
 
     made = 0
 
-    def __init__(self, loss: TokenLoss, tokens: Tensor, labels: Tensor) -> None:
+    def __init__(self, loss: TokenLoss, tokens: Tensor, labels: Tensor, shared: bool) -> None:
         type(self).made += 1
         self.parameters = dict(loss.named_parameters())
         self.run = graphs._differentiated(loss, self.parameters)

@@ -2,7 +2,8 @@
 
 A small Mamba leaves an H200 waiting for Python most of the time. The lengths of a step are fixed, those of a pruned one
 too (they follow from schedule and window length), so its launches are captured once and replayed. Gradient clipping,
-optimiser and logging stay outside, as Lightning runs them.
+optimiser and logging stay outside, as Lightning runs them, and so does the exchange of gradients under ``ddp``, which
+then follows the backward pass.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from simba_lab.errors import InputError
 from simba_lab.kernels.cost import Ledger, recording
+from simba_lab.training import exchange
 from simba_lab.training.loss import TokenLoss
 
 MODES = ("auto", "off")
@@ -37,8 +39,8 @@ def refusal(mode: str, trainer: Trainer, backend: str) -> str | None:
         return "model.cuda_graphs is off"
     if device != "cuda":
         return f"the device is {device}"
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        return f"{type(trainer.strategy).__name__} exchanges gradients during the backward pass"
+    if (reason := exchange.refusal(trainer.strategy)) is not None:
+        return reason
     if trainer.accumulate_grad_batches != 1 or any(
         isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks
     ):
@@ -72,10 +74,14 @@ class Step:
         self.reason: str | None = "training has not begun"
         self._processes = 1
         self._running = Ledger()
+        self._exchange: exchange.Exchange | None = None
         self.forget()
 
     def forget(self) -> None:
-        """Frees the graph and its memory."""
+        """Frees the graph and its memory, and leaves the exchange of gradients to Lightning."""
+        if self._exchange is not None:
+            self._exchange.close()
+        self._exchange = None
         self._graph: _Graph | None = None
         self._shape: torch.Size | None = None
         self._cost: Counter | None = None
@@ -89,6 +95,8 @@ class Step:
         if self.reason is not None:
             expected = self.mode != "off" and trainer.strategy.root_device.type == "cuda"
             _log.log(logging.WARNING if expected else logging.INFO, "%s: %s", WITHOUT, self.reason)
+        elif isinstance(trainer.strategy, DDPStrategy):
+            self._exchange = exchange.Exchange(trainer.strategy.model)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """The loss of ``tokens`` and ``labels`` (B, L) int64."""
@@ -101,22 +109,31 @@ class Step:
         if tokens.shape != self._shape or self._cost is None:
             return self._other_shape(tokens, labels)
         if self._graph is None:
-            self._graph = _capture(self.loss, tokens, labels)
+            self._graph = _capture(self.loss, tokens, labels, self._exchange is not None)
         self._replayed = True
         return self._graph.replay(tokens, labels)
 
     def backward(self, eager: Callable[[], None]) -> None:
-        """Gradients of the last loss into ``.grad``: those of the replay, or by ``eager``; then charges the step."""
+        """Gradients of the last loss into ``.grad``: those of the replay, or by ``eager``; then charges the step.
+
+        Of several processes one may replay while another does not: how they exchange gradients is the same.
+        """
         if self._replayed:
             self._graph.hand_out_gradients()
             self._charge(self._cost)
-            return
-        eager()
+        else:
+            eager()
+            self._charge(self._measured())
+        if self._exchange is not None:
+            self._exchange.average()
+
+    def _measured(self) -> Counter:
+        """What the eager step cost; the first one tells the cost of every replay."""
         cost = Counter(self._running.entries)
         self._running.entries.clear()
         if self._shape is not None and self._cost is None:
             self._cost = cost
-        self._charge(cost)
+        return cost
 
     def _charge(self, cost: Counter) -> None:
         for entry, flops in cost.items():
@@ -164,7 +181,7 @@ def _waiting_is_an_error() -> Iterator[None]:
 class _Graph:
     """Captured launches, and the memory they read from and write to."""
 
-    def __init__(self, loss: TokenLoss, tokens: Tensor, labels: Tensor) -> None:
+    def __init__(self, loss: TokenLoss, tokens: Tensor, labels: Tensor, shared: bool) -> None:
         self.tokens, self.labels = tokens.clone(), labels.clone()
         self.parameters = {name: p for name, p in loss.named_parameters() if p.requires_grad}
         self.graph = torch.cuda.CUDAGraph()
@@ -174,7 +191,8 @@ class _Graph:
         with torch.cuda.stream(side):
             run(self.tokens, self.labels)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self.graph):
+        # Among several processes a thread of NCCL's watches over what was sent, which must not spoil the capture.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local" if shared else "global"):
             self.loss, self.gradients = run(self.tokens, self.labels)
 
     def replay(self, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -188,10 +206,10 @@ class _Graph:
             parameter.grad = gradient
 
 
-def _capture(loss: TokenLoss, tokens: Tensor, labels: Tensor) -> _Graph:
+def _capture(loss: TokenLoss, tokens: Tensor, labels: Tensor, shared: bool) -> _Graph:
     torch.cuda.empty_cache()  # what the first step left is of no use to the graph, whose memory is its own
     try:
-        return _Graph(loss, tokens, labels)
+        return _Graph(loss, tokens, labels, shared)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
