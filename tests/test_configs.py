@@ -12,8 +12,10 @@ import tiny
 import torch
 import yaml
 
+from simba_lab.budget.arms import TrainedArm
 from simba_lab.errors import InputError
 from simba_lab.model import LanguageModel, ModelConfig
+from simba_lab.pruning import PruningPlan
 from simba_lab.sweep import read_sweep
 from simba_lab.sweep.plan import SweepPlan, make_plan
 from simba_lab.training import Experiment
@@ -64,6 +66,10 @@ def test_an_experiment_runs_two_steps(path: Path, tmp_path: Path, tmp_path_facto
         given |= {"data.train_examples": 128, "data.validation_examples": 4}
     if read(path)["model"]["model"].get("layer") == "mamba2":
         given["model.model.headdim"] = 8
+    if "weights" in read(path)["model"]:
+        given["model.weights"] = "null"
+    if "pruning" in read(path)["model"]:
+        given["model.pruning.n_context"] = 24
     arguments = [f"--{key}={value}" for key, value in given.items()]
     assert tiny.simba_lab("fit", "--config", path, *arguments) == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["step"] == 2
@@ -80,6 +86,31 @@ def test_an_unknown_key_anywhere_in_an_experiment_is_named(path: Path, tmp_path:
         with pytest.raises(InputError, match="unknwon"):
             run_cli(["--config", str(spoilt)], run=False)
     assert not (tmp_path / "runs").exists()
+
+
+def training_flops(values: dict[str, Any]) -> int:
+    """Of a whole fit, in closed form."""
+    model, data = values["model"], values["data"]["init_args"]
+    shape = ModelConfig(**model["model"], vocab_size=data["vocab_size"])
+    pruning = dict(model.get("pruning") or {"n_context": data["length"]})
+    n_context = pruning.pop("n_context")
+    plan = PruningPlan.build(shape.n_layer, **pruning) if pruning else None
+    steps, head = values["trainer"]["max_steps"], "scored" if plan else "all"
+    fit = TrainedArm(
+        "fit", shape, n_context, data["length"] - n_context, plan, head, "suffix", steps, data["batch_size"]
+    )
+    return fit.flops
+
+
+@pytest.mark.parametrize("path", [path for path in EXPERIMENTS if {"tuned", "pruned"} & {*by_name(path).split("-")}])
+def test_a_rung_trained_otherwise_costs_what_the_claim_says(path: Path) -> None:
+    """From nothing as much as the dense rung; tuned, a twentieth of it, from that rung's weights."""
+    values, rung = read(path), read(path.with_name(f"{path.stem.partition('-')[0]}.yaml"))
+    tuned = "tuned" in path.stem
+    assert training_flops(values) == pytest.approx(training_flops(rung) * (0.05 if tuned else 1), rel=0.002)
+    assert (values["data"], values["model"]["model"]) == (rung["data"], rung["model"]["model"])
+    assert values["model"].get("weights") == (rung["trainer"]["default_root_dir"] if tuned else None)
+    assert values["trainer"]["default_root_dir"] == f"runs/ladder/{path.stem}"
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=by_name)
