@@ -36,7 +36,11 @@ PRUNINGS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "pruned": {"n_context": N_CONTEXT, "mean_keep": 0.6},
     "random": {"n_context": N_CONTEXT, "criterion": "random", "mean_keep": 0.6},
-}
+    "blocks": {
+        "n_context": N_CONTEXT, "criterion": {"class_path": "blocks", "init_args": {"size": 4}}, "schedule": "uniform",
+        "mean_keep": 0.6, "convolution": "adjacent",
+    },
+}  # fmt: skip
 every_arm = pytest.mark.parametrize("arm", list(PRUNINGS))
 
 
