@@ -145,7 +145,7 @@ def test_the_far_face_is_counted_by_hand(windows: EvalWindows, reach: int) -> No
 
 def test_the_plain_face_is_the_mean_of_all_tokens(windows: EvalWindows) -> None:
     nll = np.random.default_rng(5).random((WINDOWS, N_SUFFIX), np.float32)
-    plain = plain_face(nll)
+    plain = plain_face(nll, windows)
     assert plain.mean == pytest.approx(float(nll.mean()), rel=1e-6) and plain.tokens.tolist() == [N_SUFFIX] * WINDOWS
     assert far_face(nll, windows, N_CONTEXT).mean is None
     assert Face(np.zeros(2), np.zeros(2)).mean is None

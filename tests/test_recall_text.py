@@ -16,8 +16,8 @@ PARAGRAPHS = [
     f"Paragraph {number} tells of {number * number} ships and {number + 7} harbours.\n\n" for number in range(900)
 ]
 TEXT = "".join(PARAGRAPHS)
-PAIR = re.compile(r"\[(\w+) = (\w+)\]")
-PASSWORD = re.compile(r"The password of (\w+) is (\w+)\.")
+PAIR = re.compile(r"\[ (\w+) = (\w+)\]")
+SECRET = re.compile(r"The secret of (\w+) is (\w+)\.")
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -35,7 +35,7 @@ def test_facts_differ_in_key_and_end_with_their_answer(form):
 
 
 @pytest.mark.parametrize(
-    ("count", "form", "message"), [(0, "pair", "count"), (90, "pair", "1..89"), (1, "riddle", "form")]
+    ("count", "form", "message"), [(0, "pair", "count"), (82, "pair", "1..81"), (1, "riddle", "form")]
 )
 def test_facts_that_cannot_be_drawn_are_refused(count, form, message):
     with pytest.raises(InputError, match=message):
@@ -54,7 +54,7 @@ def test_the_text_itself_stays_whole_and_in_order():
     assert all(character in left for character in TEXT)
 
 
-@pytest.mark.parametrize("pattern", [PAIR, PASSWORD])
+@pytest.mark.parametrize("pattern", [PAIR, SECRET])
 def test_what_is_stated_comes_back_with_the_same_answer_within_reach(pattern):
     found = list(pattern.finditer(weave(4 * TEXT, 0.05, 3000, rng())))
     assert len(found) > 20 and all(count % 2 == 0 for count in Counter(match.group() for match in found).values())

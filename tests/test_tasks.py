@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from simba_lab.checkpoint import save_model
 from simba_lab.cli.main import main
-from simba_lab.data import TextData, Tokenizer
+from simba_lab.data import TextData, Tokenizer, package
 from simba_lab.errors import InputError
 from simba_lab.evaluate.harness import SimbaLabLM
 from simba_lab.model import LanguageModel, ModelConfig
@@ -37,7 +37,6 @@ from simba_lab.tasks import (
     offline,
     offline_manager,
     offline_twin,
-    package,
 )
 from simba_lab.tasks.benchmarks import arc_row
 from simba_lab.tasks.results import recall, suffix_quality
@@ -367,7 +366,7 @@ def test_facts_stand_as_far_back_as_asked(
         assert context.count(question) == 2
         assert question + answer in context
         assert len(set(item["choices"])) == 8
-        assert len(re.findall(r"The password of|\[\w+ =", context)) == facts + 1
+        assert len(re.findall(r"The secret of|\[ \w+ =", context)) == facts + 1
         gap = len(data.tokenizer.encode(between(context, question)))
         assert distance - 2 * SLACK < gap <= distance + 6
         assert N_CONTEXT - 3 * SLACK < len(data.tokenizer.encode(context)) <= N_CONTEXT + 6

@@ -37,6 +37,10 @@ class Budget:
         """What ``arm`` costs."""
         return cls(arm.flops, tolerance, f"the arm {arm.name}")
 
+    def part(self, share: float) -> Budget:
+        """``share`` of this budget."""
+        return Budget(round(share * self.flops), self.tolerance, f"{100 * share:.4g} % of {self.reference}")
+
     def distance(self, flops: int) -> float:
         """Relative distance, negative below the budget."""
         return (flops - self.flops) / self.flops

@@ -16,33 +16,27 @@ import numpy as np
 
 from simba_lab.errors import InputError
 
+# Common words: most tokenizers keep them whole, and what binds a key to its answer is a convolution over four tokens.
 NAMES = tuple(
-    "Adela Agnes Alban Alice Ambrose Andrew Anselm Arthur Barbara Basil Beatrice Bernard Blanche Bridget Cecil Cecily "
-    "Charles Clara Clement Conrad Cyril Daniel David Dorothy Edgar Edith Edmund Edward Eleanor Ellen Emma Ernest "
-    "Esther Eustace Felix Flora Francis Frances George Gerald Gilbert Giles Godfrey Grace Hannah Harold Harriet Helen "
-    "Henry Hilda Horace Hubert Hugh Humphrey Isabel Jacob James Jane Jasper Jerome John Joseph Judith Julian Lambert "
-    "Laura Laurence Leonard Lewis Lionel Louisa Lucy Luke Mabel Margaret Mark Martha Martin Mary Matilda Maurice "
-    "Michael Miles Nathan Nicholas Oliver Oscar Oswald Paul Percy Peter Philip Phoebe Rachel Ralph Raymond Richard "
-    "Robert Roger Roland Rose Rupert Ruth Samuel Sarah Silas Simon Stella Stephen Susan Theodore Thomas Timothy Ursula "
-    "Victor Vincent Violet Walter William Winifred".split()
+    "Albert Alexander Andrew Anna Arthur Ben Billy Charles David Dick Edith Edward Elizabeth Felix Francis Frank "
+    "Frederick George Gilbert Godfrey Grace Harry Henry Herbert Horace Jack Jacob James Jean Jim Joe John Laura "
+    "Louis Maria Martha Martin Mary Michael Nell Oliver Paul Percy Peter Phil Philip Richard Robert Sam Simon "
+    "Thomas Tom Ursula William".split()
 )
 KEYS = tuple(
-    "arm bank barn bed bell board boat bone bridge camp cave chair cliff clock coat coast court desk ditch dock door "
-    "farm field fire fleet floor forest fort gate grave hall harbour hedge hill hotel house hut inn island lake lamp "
-    "lane ledge library market meadow mill mine moor mountain oven palace park path pier pit plain pond pool port "
-    "prison river road rock roof room school ship shore shop square stable stair station street table tent theatre "
-    "tower town trench tunnel valley village wagon wall wharf wood yard".split()
+    "bank bed bell board boat bridge cabin camp cart castle chair church city clock coast coat college corner "
+    "cottage court desert desk door farm field fire fleet floor forest fort gate grave hall hill hotel house hut "
+    "inn island kitchen lake lamp library market mill mine moor mountain office palace path pier pit plain port "
+    "prison river road rock roof room school sea shop shore square stable station stream street table tent "
+    "theatre tower town train valley village wall well yard".split()
 )
 ANSWERS = tuple(
-    "apple arrow ashes baker basket beard bird blood book bottle bread brother butter candle captain carpet cattle "
-    "cheese child circle cloud copper corn cotton crown dance desert dinner doctor dog dragon dream dress drum dust "
-    "eagle earth engine feather finger fish flag flame flower fox friend frost fruit garden ghost glass gold grain "
-    "grass hammer heart honey horse iron jewel judge king kitchen knife ladder lawyer leaf leather letter lion machine "
-    "marble master mirror money monkey moon morning mother music needle night oak ocean oil orange paper pearl pepper "
-    "picture pilot pipe poem poet powder prince queen rain ribbon ring robe rope sailor salt sand servant shadow "
-    "sheep shield silk silver sister smoke snake snow soap soldier song spider spring star steam steel stone storm "
-    "straw sugar summer sword thread thunder tiger tobacco tongue treasure tree velvet vessel violin water wheat "
-    "wheel whistle wind window wine winter wolf wool".split()
+    "beard bird blood book bottle bread brother butter captain child circle cloud crown dance dinner doctor dog "
+    "dream dress dust earth engine feather finger fish flag flame flower fox friend fruit garden ghost glass gold "
+    "grass heart horse iron judge king knife lawyer leaf leather letter lion master money moon morning mother "
+    "music night oil paper picture pipe poem poet powder prince queen rain ring rope sailor sand servant shadow "
+    "sheep shield silk silver sister smoke snow soldier song spring star steam steel stone storm straw summer "
+    "sword thunder tongue treasure tree vessel water wheel wind window wine winter wood".split()
 )
 Form = Literal["sentence", "pair"]
 FORMS: tuple[Form, ...] = ("sentence", "pair")
@@ -52,7 +46,7 @@ _KEYS = {"sentence": NAMES, "pair": KEYS}
 _PAIRS = 8
 _PASSAGE = (60, 400)
 # Characters that a statement and its repetition usually take, or a passage.
-_USUAL_SIZE = {"sentence": 70, "pair": 262, "passage": 180}
+_USUAL_SIZE = {"sentence": 61, "pair": 279, "passage": 180}
 _NEAREST = 100
 _TRIES = 20
 
@@ -73,7 +67,7 @@ class Fact:
 def draw_facts(generator: np.random.Generator, count: int, form: Form = "sentence") -> list[Fact]:
     """``count`` facts about different keys; the answers are drawn independently from ``ANSWERS``.
 
-    A ``sentence`` names a person ("The password of Alice is marble."), a ``pair`` a place ("[bridge = marble]").
+    A ``sentence`` names a person ("The secret of Mary is silver."), a ``pair`` a place ("[ bridge = silver]").
 
     Raises InputError for more facts than there are keys, or an unknown form.
     """
@@ -88,7 +82,7 @@ def draw_facts(generator: np.random.Generator, count: int, form: Form = "sentenc
 
 
 def _fact(key: str, word: str, form: Form) -> Fact:
-    question, end = (f"The password of {key} is", ".") if form == "sentence" else (f"[{key} =", "]")
+    question, end = (f"The secret of {key} is", ".") if form == "sentence" else (f"[ {key} =", "]")
     return Fact(f"{question} {word}{end}", question, f" {word}", end)
 
 

@@ -55,6 +55,7 @@ class EvalWindows:
         n_context: Context tokens.
         n_bytes: (W,) int64, UTF-8 bytes of the suffix's text.
         last_occurrence: (W, n_suffix) int64, see `simba_lab.data.evidence`; -1 where a token is new.
+        scored: (W, n_suffix) bool, the suffix tokens that count; None is all of them.
     """
 
     tokens: torch.Tensor
@@ -62,6 +63,7 @@ class EvalWindows:
     n_context: int
     n_bytes: np.ndarray
     last_occurrence: np.ndarray
+    scored: np.ndarray | None = None
 
     @property
     def n_suffix(self) -> int:

@@ -54,7 +54,7 @@ def evaluate_arms(
     rows = []
     for name, arm in models:
         scores = score_windows(arm, windows, batch_size)
-        plain, far = plain_face(scores.nll), far_face(scores.nll, windows, reach)
+        plain, far = plain_face(scores.nll, windows), far_face(scores.nll, windows, reach)
         estimate = mean_interval(
             plain.nll, plain.tokens, windows.document, n_resamples=RESAMPLES, rng=np.random.default_rng(0)
         )

@@ -112,7 +112,7 @@ def _cuts(model: LanguageModel, rates: Sequence[float]) -> list[tuple[int, float
 
 def _face(model: LanguageModel, windows: EvalWindows, batch_size: int, reach: int | None) -> Face:
     nll = score_windows(model, windows, batch_size).nll
-    return plain_face(nll) if reach is None else far_face(nll, windows, reach)
+    return plain_face(nll, windows) if reach is None else far_face(nll, windows, reach)
 
 
 def _rise(pruned: Face, dense: Face, windows: EvalWindows) -> tuple[float, float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from simba_lab.errors import BudgetMismatch, InputError
 from simba_lab.kernels.cost import Ledger, recording
 from simba_lab.model import LanguageModel
 from simba_lab.training.guard import FiniteWatch
+
+NOT_COUNTED = -2
 
 
 @dataclass(frozen=True)
@@ -100,20 +103,31 @@ class Face:
         return float(self.nll.sum() / total) if total else None
 
 
-def plain_face(nll: NDArray[np.float32]) -> Face:
-    """All suffix tokens."""
-    return Face(nll.sum(1, dtype=np.float64), np.full(len(nll), nll.shape[1], np.float64))
+def plain_face(nll: NDArray[np.float32], windows: EvalWindows) -> Face:
+    """All suffix tokens that count."""
+    return _face(nll, np.ones(nll.shape, bool), windows)
 
 
 def far_face(nll: NDArray[np.float32], windows: EvalWindows, reach: int) -> Face:
     """Suffix tokens whose last occurrence lies before the newest ``reach`` context tokens (design page, section 5)."""
-    far = is_far(windows.last_occurrence, windows.n_context, reach)
-    return Face((nll * far).sum(1, dtype=np.float64), far.sum(1).astype(np.float64))
+    return _face(nll, is_far(windows.last_occurrence, windows.n_context, reach), windows)
+
+
+def _face(nll: NDArray[np.float32], chosen: NDArray[np.bool_], windows: EvalWindows) -> Face:
+    counted = chosen if windows.scored is None else chosen & windows.scored
+    return Face((nll * counted).sum(1, dtype=np.float64), counted.sum(1).astype(np.float64))
+
+
+def answered(nll: NDArray[np.float32], windows: EvalWindows) -> float:
+    """Share of windows whose counted tokens together have a probability above a half."""
+    return float((plain_face(nll, windows).nll < math.log(2)).mean())
 
 
 def by_distance(nll: NDArray[np.float32], windows: EvalWindows, edges: Sequence[int]) -> list[dict[str, Any]]:
     """Tokens and mean NLL by evidence distance; low and high are both None for tokens never seen before."""
     groups = evidence_groups(windows.last_occurrence, windows.n_context, edges)
+    if windows.scored is not None:
+        groups = np.where(windows.scored, groups, NOT_COUNTED)
     table = []
     for group, (low, high) in [*enumerate(group_bounds(edges)), (-1, (None, None))]:
         chosen = nll[groups == group]

@@ -22,11 +22,13 @@ class BudgetConfig:
 
     Args:
         reference: name of the arm whose cost is the budget.
+        share: of that cost, for budgets between two models.
         flops: or an absolute number.
         tolerance: largest relative distance from it.
     """
 
     reference: str | None = None
+    share: float = 1.0
     flops: int | None = None
     tolerance: float = 0.005
 
@@ -54,7 +56,7 @@ class ArmConfig:
         kind: pruned; dense (the full model, not matched); smaller_dense (a dense model of its own experiment);
             shorter_context (the dense model on the newest part of the context).
         name: how tables call it; pruned arms are called schedule:criterion unless named.
-        experiment: of a smaller_dense arm, the file that trains it.
+        experiment: the file that trains the arm's weights; null is the sweep's own (not for a smaller_dense arm).
         criterion: name, class path, or class_path + init_args; or a list of them.
         schedule: likewise.
         protect_recent: share of the kept tokens that are the newest.
@@ -104,6 +106,23 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class RecallConfig:
+    """What is planted in every window, to be recalled at its suffix; only the answer is then scored.
+
+    Args:
+        form: sentence (facts about persons), pair (a list of places and things), or passage (64 tokens that come back).
+        facts: how many are planted together; one is asked for.
+        distance: tokens between what is planted and the question, which ends the context.
+        seed: decides facts and questions.
+    """
+
+    distance: int
+    form: Literal["sentence", "pair", "passage"] = "sentence"
+    facts: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class SweepConfig:
     """A comparison of arms at one budget.
 
@@ -117,6 +136,7 @@ class SweepConfig:
         batch_size: windows at once.
         device: that measures the arms; auto takes a GPU where there is one, cpu, cuda or cuda:N that one.
         dtype: of the weights while they are measured; null keeps that of their file.
+        recall: plant facts in the windows and score their recall; null scores the text itself.
         budget: what every matched arm costs.
         arms: the first one is what the others are compared with.
         search: look for the best keep curve, which then joins the arms.
@@ -134,6 +154,7 @@ class SweepConfig:
     batch_size: int = 8
     device: str = "auto"
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    recall: RecallConfig | None = None
     search: SearchConfig | None = None
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
 
@@ -144,6 +165,8 @@ class SweepConfig:
                 raise InputError(f"{key} must be at least 1, got {getattr(self, key)}")
         if (self.budget.reference is None) == (self.budget.flops is None):
             raise InputError("budget: give either reference (the name of an arm) or flops")
+        if not 0 < self.budget.share <= 1 or (self.budget.flops is not None and self.budget.share != 1):
+            raise InputError(f"budget.share: of the reference's cost, must lie in (0, 1], got {self.budget.share}")
         if not self.arms:
             raise InputError("arms: name at least one")
         if self.search:
@@ -153,6 +176,12 @@ class SweepConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+_SECTIONS = {
+    "budget": BudgetConfig, "arms": ArmConfig, "recall": RecallConfig, "search": SearchConfig,
+    "statistics": StatisticsConfig,
+}  # fmt: skip
 
 
 def read_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -171,7 +200,7 @@ def parse_sweep(values: dict[str, Any], called: str) -> SweepConfig:
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     strict = ConfigDict(extra="forbid")
-    for part in (SweepConfig, ArmConfig, BudgetConfig, SearchConfig, StatisticsConfig):
+    for part in (SweepConfig, *_SECTIONS.values()):
         part.__pydantic_config__ = strict
     try:
         config = TypeAdapter(SweepConfig).validate_python(values)
@@ -213,8 +242,7 @@ def _first_mistake(errors: Sequence[Any]) -> str:
     first = errors[0]
     place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("str", "dict[", "list[")))
     if first["type"] == "unexpected_keyword_argument":
-        owner = {"budget": BudgetConfig, "arms": ArmConfig, "search": SearchConfig, "statistics": StatisticsConfig}
-        known = [f.name for f in dataclasses.fields(owner.get(place.split(".")[0], SweepConfig))]
+        known = [f.name for f in dataclasses.fields(_SECTIONS.get(place.split(".")[0], SweepConfig))]
         key = place.split(".")[-1]
         near = difflib.get_close_matches(key, known, n=1)
         return f"{place} is not a key{f' (did you mean {near[0]}?)' if near else ''}; keys here: {', '.join(known)}"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from simba_lab.checkpoint import SPEC_FILE, WEIGHTS_FILE, load
-from simba_lab.data import EvalWindows
+from simba_lab.checkpoint.tokenizer_file import tokenizer_beside
+from simba_lab.data import EvalWindows, TextData
+from simba_lab.data.recall_windows import plant
+from simba_lab.errors import InputError
 from simba_lab.evaluate.arguments import read_device
 from simba_lab.evaluate.windows import far_face, plain_face, score_windows
 from simba_lab.model import LanguageModel
@@ -31,12 +35,24 @@ class Measurement:
         self._weights: dict[Path, LanguageModel] = {}
 
     def _windows(self, split: str, count: int) -> EvalWindows:
-        return self.base.data.eval_windows(split, self.config.n_context, self.config.n_suffix, count)
+        windows = self.base.data.eval_windows(split, self.config.n_context, self.config.n_suffix, count)
+        if self.config.recall is None:
+            return windows
+        if not isinstance(self.base.data, TextData):
+            raise InputError(f"recall: facts are planted in text, which {self.base.path} does not read")
+        return plant(windows, self.base.data.tokenizer, **dataclasses.asdict(self.config.recall))
 
     def weights(self, experiment: Experiment) -> LanguageModel:
         if experiment.folder not in self._weights:
+            self._refuse_other_tokens(experiment)
             self._weights[experiment.folder] = load(experiment.folder, dtype=self.config.dtype).to(self.device)
         return self._weights[experiment.folder]
+
+    def _refuse_other_tokens(self, experiment: Experiment) -> None:
+        """All arms read the windows of the base's tokenizer."""
+        ours, theirs = (tokenizer_beside(folder) for folder in (self.base.folder, experiment.folder))
+        if ours and theirs and ours.read_bytes() != theirs.read_bytes():
+            raise InputError(f"arms: {experiment.path} was trained with another tokenizer than {self.base.path}")
 
     def fingerprint(self, arm: PlannedArm) -> str:
         """Changes with whatever decides the arm's numbers, up to the rounding in which devices differ."""
@@ -58,4 +74,4 @@ class Measurement:
 
     def faces(self, kept: StoredArm) -> tuple[float, float | None]:
         """Quality on all suffix tokens and on the far ones, nats per token."""
-        return plain_face(kept.nll).mean, far_face(kept.nll, self.windows, self.plan.reach).mean
+        return plain_face(kept.nll, self.windows).mean, far_face(kept.nll, self.windows, self.plan.reach).mean

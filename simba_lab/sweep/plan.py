@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from simba_lab.budget import Arm, Budget, PrunedArm, ShorterContextArm, Solution, closest, match
@@ -63,7 +64,7 @@ class SweepPlan:
 
 
 def make_plan(config: SweepConfig, base: Experiment, others: dict[str, Experiment]) -> SweepPlan:
-    """Turn every arm to the budget; ``others`` maps experiment files of smaller dense arms to what they describe.
+    """Turn every arm to the budget; ``others`` maps experiment files that arms name to what they describe.
 
     Raises BudgetMismatch naming each arm, its FLOPs and its distance if one cannot be matched, and InputError for a
     wrong arm.
@@ -94,7 +95,8 @@ def _budget(config: SweepConfig, drafts: list[PlannedArm]) -> Budget:
         if draft.name == config.budget.reference:
             if draft.kind == "pruned" and draft.arm.value is None:
                 raise InputError(f"budget.reference: arm {draft.name} must set {draft.arm.knob} to have a cost")
-            return Budget.of(draft.arm, config.budget.tolerance)
+            whole, share = Budget.of(draft.arm, config.budget.tolerance), config.budget.share
+            return whole if share == 1 else whole.part(share)
     raise InputError(f"budget.reference: no arm is called {config.budget.reference!r}")
 
 
@@ -102,26 +104,21 @@ def _drafts(
     entry: ArmConfig, config: SweepConfig, base: Experiment, others: dict[str, Experiment]
 ) -> Iterator[PlannedArm]:
     sizes = {"n_context": config.n_context, "n_suffix": config.n_suffix}
+    experiment = base if entry.experiment is None else others[entry.experiment]
     if entry.kind == "pruned":
-        yield from _pruned(entry, sizes, base)
+        yield from _pruned(entry, sizes, experiment)
         return
     scored = entry.criterion is not None or entry.schedule is not None
     if scored or entry.protect_recent or entry.convolution != "compacted":
         raise InputError(f"arms: a {entry.kind} arm takes no criterion, schedule, protect_recent or convolution")
-    name = entry.name or entry.kind
-    if entry.kind == "smaller_dense":
-        if entry.experiment is None:
-            raise InputError(f"arms: {name} needs experiment, the file that trains it")
-        experiment = others[entry.experiment]
-        yield PlannedArm(name, entry.kind, Arm(name, experiment.model.config, **sizes), experiment)
-        return
-    if entry.experiment is not None:
-        raise InputError(f"arms: a {entry.kind} arm is the base model; only smaller_dense takes an experiment")
+    name = entry.name or entry.kind + _origin(entry)
+    if entry.kind == "smaller_dense" and entry.experiment is None:
+        raise InputError(f"arms: {name} needs experiment, the file that trains it")
     cls = ShorterContextArm if entry.kind == "shorter_context" else Arm
-    yield PlannedArm(name, entry.kind, cls(name, base.model.config, **sizes), base)
+    yield PlannedArm(name, entry.kind, cls(name, experiment.model.config, **sizes), experiment)
 
 
-def _pruned(entry: ArmConfig, sizes: dict[str, int], base: Experiment) -> Iterator[PlannedArm]:
+def _pruned(entry: ArmConfig, sizes: dict[str, int], experiment: Experiment) -> Iterator[PlannedArm]:
     if entry.criterion is None or entry.schedule is None:
         raise InputError("arms: a pruned arm needs criterion and schedule")
     pairs = list(product(_several(entry.schedule), _several(entry.criterion)))
@@ -129,8 +126,13 @@ def _pruned(entry: ArmConfig, sizes: dict[str, int], base: Experiment) -> Iterat
         raise InputError(f"arms: {entry.name!r} stands for {len(pairs)} arms; leave the name out")
     for schedule, criterion in pairs:
         plan = PruningPlan(CRITERIA.build(criterion), build_schedule(schedule), entry.protect_recent, entry.convolution)
-        name = entry.name or arm_name(plan, schedule)
-        yield PlannedArm(name, "pruned", PrunedArm(name, base.model.config, plan=plan, **sizes), base)
+        name = entry.name or arm_name(plan, schedule) + _origin(entry)
+        yield PlannedArm(name, "pruned", PrunedArm(name, experiment.model.config, plan=plan, **sizes), experiment)
+
+
+def _origin(entry: ArmConfig) -> str:
+    """What tells arms of other weights from those of the sweep's own, in names made here."""
+    return "" if entry.experiment is None or entry.kind == "smaller_dense" else f" of {Path(entry.experiment).stem}"
 
 
 def _several(value: Any) -> list[Any]:

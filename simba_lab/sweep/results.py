@@ -12,7 +12,7 @@ from simba_lab.data import EvalWindows
 from simba_lab.environment import command_line, describe
 from simba_lab.evaluate.conclusion import best_arm, conclude
 from simba_lab.evaluate.statistics import Comparison, compare_all, mean_interval
-from simba_lab.evaluate.windows import Face, by_distance, distance_edges, far_face, plain_face
+from simba_lab.evaluate.windows import Face, answered, by_distance, distance_edges, far_face, plain_face
 from simba_lab.kernels.cost import CONVENTION
 from simba_lab.pruning import CRITERIA, SCHEDULES
 from simba_lab.sweep.config import StatisticsConfig, SweepConfig
@@ -30,7 +30,7 @@ def assemble(
     """The content of results.json; ``stored`` and ``runs`` (folders) in the order of the plan's arms."""
     names = [arm.name for arm in plan.arms]
     faces = {
-        "quality": {n: plain_face(s.nll) for n, s in zip(names, stored, strict=True)},
+        "quality": {n: plain_face(s.nll, windows) for n, s in zip(names, stored, strict=True)},
         "quality_far": {n: far_face(s.nll, windows, plan.reach) for n, s in zip(names, stored, strict=True)},
     }
     clusters, statistics = windows.document, config.statistics
@@ -38,6 +38,7 @@ def assemble(
     rows = [
         _row(arm, kept, run, faces, versus_first, clusters, statistics)
         | {"by_distance": by_distance(kept.nll, windows, distance_edges(plan.reach, windows.n_context))}
+        | ({} if windows.scored is None else {"answered": answered(kept.nll, windows)})
         for arm, kept, run in zip(plan.arms, stored, runs, strict=True)
     ]
     versus_best = {face: _versus_best(rows, face, faces[face], clusters, statistics) for face in FACES}
@@ -49,8 +50,7 @@ def assemble(
         "tolerance": plan.budget.tolerance,
         "budget_reference": plan.budget.reference,
         "convention": CONVENTION,
-        "metric": f"suffix NLL on {config.split} text, nats per token; far: tokens last seen more than "
-        f"{plan.reach} tokens before the end of the context",
+        "metric": _metric(config, plan.reach),
         "protocol": "suffix",
         "n_context": windows.n_context,
         "n_suffix": windows.n_suffix,
@@ -72,6 +72,14 @@ def assemble(
         "arms": rows,
     }
     return results if search is None else results | {"search": search}
+
+
+def _metric(config: SweepConfig, reach: int) -> str:
+    far = f"far: tokens last seen more than {reach} tokens before the end of the context"
+    if config.recall is None:
+        return f"suffix NLL on {config.split} text, nats per token; {far}"
+    what = "passages that come back" if config.recall.form == "passage" else f"planted facts ({config.recall.form})"
+    return f"NLL of the answers to {what}, {config.recall.distance} tokens back, nats per token; {far}"
 
 
 def _row(

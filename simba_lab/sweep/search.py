@@ -67,7 +67,7 @@ class CurveSearch:
         """The objective as ``value``, both faces, seconds, and as ``noted`` what the trial remembers."""
         arm = self.planned(point).arm
         scores = score_windows(weights.with_pruning(arm.plan), windows, self.config.batch_size, progress=progress)
-        quality, far = plain_face(scores.nll).mean, far_face(scores.nll, windows, self.plan.reach).mean
+        quality, far = plain_face(scores.nll, windows).mean, far_face(scores.nll, windows, self.plan.reach).mean
         noted = {"knots": list(arm.plan.schedule.values), "keep_counts": arm.keep_counts, "flops": scores.flops}
         value = quality if self.settings.objective == "quality" else far
         return {"value": value, "quality": quality, "far": far, "seconds": scores.seconds, "noted": noted}
