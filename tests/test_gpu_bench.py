@@ -206,13 +206,13 @@ def test_every_kernel_is_checked_then_timed() -> None:
     # What a time limit would cut short is not lost: the result so far is handed on after every op.
     assert len(kept) == len(TINY_SUITE) and kept[-1] == result
     assert [len(so_far["lines"]) for so_far in kept] == sorted(len(so_far["lines"]) for so_far in kept)
-    assert result["exit_code"] == 0 and len(result["checks"]) == 22
+    assert result["exit_code"] == 0 and len(result["checks"]) == 26
     assert all(record["error"] <= record["allowed"] for record in result["checks"])
     names = [line["what"].split(",")[0] for line in result["lines"]]
     assert names == [
-        *2 * ["selective scan"], *2 * ["causal conv"], *2 * ["residual add + RMS norm"], "global impact (max)",
-        "global impact (absmax)", "global impact (gated)", "select 11 of 2 x 13 tokens",
-        "keep 11 tokens of both streams",
+        *2 * ["selective scan"], *2 * ["causal conv"], *2 * ["conv of true neighbours"],
+        *2 * ["residual add + RMS norm"], "global impact (max)", "global impact (absmax)", "global impact (gated)",
+        "select 11 of 2 x 13 tokens", "keep 11 tokens of both streams",
     ]  # fmt: skip
     assert all(line["ours"] > 0 and line["fraction"] > 0 for line in result["lines"])
     assert [line["target"]["value"] for line in result["lines"][:2]] == [2.0, 1.5]
@@ -277,11 +277,15 @@ def test_training_times_whole_steps_and_pruned_ones(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(training, "STEPS", 5)
     case = training.TrainingCase(TINY, 2, 16, deterministic=True)
     result = session("auto").bench("train", [case], training.measure_training)
-    dense, pruned, same_bits = result["lines"]
+    dense, pruned, seldom, adjacent, same_bits = result["lines"]
     assert result["exit_code"] == 0, result["lines"]
     assert dense["unit"] == "tokens/s" and dense["ours"] > 0 and dense["target"]["value"] == 1.5
     promised = pruned["note"].split()[-1]
     assert 1.1 < float(promised.removesuffix("x")) < 2 and pruned["target"]["value"] == 0.9
+    assert [line["what"].partition("by global impact")[2] for line in (pruned, seldom, adjacent)] == [
+        "", ", every 4 layers", ", convolution adjacent"
+    ]  # fmt: skip
+    assert adjacent["note"].split()[-1] == pruned["note"].split()[-1] != seldom["note"].split()[-1]
     assert same_bits["what"].endswith("dense, deterministic") and same_bits["theirs"] == pytest.approx(dense["ours"])
     assert same_bits["figure"] == pytest.approx(same_bits["ours"] / dense["ours"])
     assert not torch.are_deterministic_algorithms_enabled()

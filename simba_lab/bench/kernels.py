@@ -32,6 +32,7 @@ _STREAMS = [Size(8, 2048, 768), Size(8, 2047, 768), Size(8, 2048, 2560), Size(1,
 SUITE: dict[str, Entry] = {
     "scan": (ops.scan, SCANNED),
     "conv": (ops.conv, SCANNED),
+    "conv-adjacent": (ops.adjacent, [*SCANNED[:1], *SCANNED[2:4]]),
     "norm": (ops.norm, _STREAMS),
     "impact": (ops.impact, _WIDE),
     "impact-absmax": (partial(ops.impact, reduce="absmax"), _WIDE[:1]),

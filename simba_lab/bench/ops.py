@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -113,7 +113,20 @@ def _scan_peer() -> Peer:
 
 def conv(backend: Backend, size: Size, device: torch.device) -> Subject:
     """Depthwise causal convolution with SiLU beside causal-conv1d's; x is a slice of a wider tensor."""
+    return Subject(
+        what=f"causal conv, {size}",
+        draw=_conv_inputs(size, device),
+        ours=lambda t: (backend.causal_conv(t["x"], t["weight"], t["bias"])[0],),
+        oracle=lambda t: (reference.causal_conv(t["x"], t["weight"], t["bias"])[0],),
+        forward=Work(2 * size.bytes, flops=2 * _WIDTH * size.cells, exps=2 * size.cells),
+        backward=Work(3 * size.bytes, flops=6 * _WIDTH * size.cells, exps=2 * size.cells),
+        peer=_conv_peer(),
+        differentiated=("x", "weight", "bias"),
+        channel_axis={"x": 2, "weight": 0, "bias": 0},
+    )
 
+
+def _conv_inputs(size: Size, device: torch.device) -> Callable[[torch.Generator], Tensors]:
     def draw(generator: torch.Generator) -> Tensors:
         normal = _normal(generator, device, size.dtype)
         return {
@@ -122,16 +135,28 @@ def conv(backend: Backend, size: Size, device: torch.device) -> Subject:
             "bias": normal(size.channels),
         }
 
-    return Subject(
-        what=f"causal conv, {size}",
+    return draw
+
+
+def adjacent(backend: Backend, size: Size, device: torch.device) -> Subject:
+    """The same of true neighbours, of which most tokens have lost some, beside the reference's torch ops."""
+    shared = conv(backend, size, device)
+
+    def draw(generator: torch.Generator) -> Tensors:
+        known = torch.randint(_WIDTH, (size.batch, size.length), generator=generator, device=device)
+        first = torch.arange(size.length, device=device)
+        return shared.draw(generator) | {"neighbours": torch.minimum(known, first)}
+
+    def call(op: Callable[..., tuple[Tensor, Tensor]], t: Tensors) -> Outputs:
+        return (op(t["x"], t["weight"], t["bias"], t["neighbours"])[0],)
+
+    return replace(
+        shared,
+        what=f"conv of true neighbours, {size}",
         draw=draw,
-        ours=lambda t: (backend.causal_conv(t["x"], t["weight"], t["bias"])[0],),
-        oracle=lambda t: (reference.causal_conv(t["x"], t["weight"], t["bias"])[0],),
-        forward=Work(2 * size.bytes, flops=2 * _WIDTH * size.cells, exps=2 * size.cells),
-        backward=Work(3 * size.bytes, flops=6 * _WIDTH * size.cells, exps=2 * size.cells),
-        peer=_conv_peer(),
-        differentiated=("x", "weight", "bias"),
-        channel_axis={"x": 2, "weight": 0, "bias": 0},
+        ours=lambda t: call(backend.neighbour_conv, t),
+        oracle=lambda t: call(reference.neighbour_conv, t),
+        peer=Peer("torch ops", call=lambda t: call(reference.neighbour_conv, t)),
     )
 
 

@@ -33,6 +33,8 @@ _BATCHES = 4
 # Of a window, the context that pruned training may thin out; the loss is taken on the rest.
 _CONTEXT = 7 / 8
 _LEARNING_RATE = 1e-3
+# Layers from one cut of the schedule to the next, and what convolutions read, of the pruned lines.
+_PRUNED = ((1, "compacted"), (4, "compacted"), (1, "adjacent"))
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,20 @@ def measure_training(case: TrainingCase, session: Session) -> Iterator[Line]:
     least = floor_of_sequence(training_work(case.config, case.batch, case.length), session.ceilings)
     line = throughput(f"training, {case.what}, dense", tokens, dense, peer_name("mamba-ssm"), theirs, case.dense, least)
     yield replace(line, note=line.note or f"loss {loss:.2f} after {STEPS} steps on random tokens")
-    yield _pruned_line(case, batches, session, dense)
+    for every, convolution in _PRUNED:
+        yield _pruned_line(case, batches, session, dense, every, convolution)
     if case.deterministic:
         same_bits, _ = _ours(case, batches, session, None, deterministic=True)
         yield throughput(f"training, {case.what}, dense, deterministic", tokens, same_bits, "as it is", dense)
 
 
-def _pruned_line(case: TrainingCase, batches: list[dict[str, Tensor]], session: Session, dense: Timing) -> Line:
+def _pruned_line(
+    case: TrainingCase, batches: list[dict[str, Tensor]], session: Session, dense: Timing, every: int, convolution: str
+) -> Line:
+    """Pruned to 10 % at the top, every so many layers."""
     context = int(_CONTEXT * case.length)
-    schedule = PartSpec({"class_path": "linear", "init_args": {"final_keep": 0.1}})
-    pruning = PrunedTraining(context, "global_impact", schedule)
+    schedule = PartSpec({"class_path": "linear", "init_args": {"final_keep": 0.1, "every": every}})
+    pruning = PrunedTraining(context, "global_impact", schedule, convolution=convolution)
     pruned, _ = _ours(case, batches, session, pruning)
     with torch.device("meta"):
         module = LanguageModeling(case.config, pruning)
@@ -110,8 +116,11 @@ def _pruned_line(case: TrainingCase, batches: list[dict[str, Tensor]], session: 
         promised = full / module.lm.flops(context, case.length - context).training().total
     speedup = dense.median / pruned.median
     tokens = case.batch * case.length
+    what = f"training, {case.what}, pruned linearly to 10% by global impact"
+    what += "" if every == 1 else f", every {every} layers"
+    what += "" if convolution == "compacted" else f", convolution {convolution}"
     return Line(
-        f"training, {case.what}, pruned linearly to 10% by global impact", unit="tokens/s",
+        what, unit="tokens/s",
         ours=1e3 * tokens / pruned.median, spread=(1e3 * tokens / pruned.high, 1e3 * tokens / pruned.low),
         figure=speedup / promised, figure_kind="promise", target=case.promise,
         note=f"{speedup:.2f}x our dense, FLOPs promise {promised:.2f}x",
@@ -125,7 +134,8 @@ def _ours(
     """Time of a step under Lightning's Trainer, as ``simba-lab fit`` runs it but for loggers and checkpoints."""
     free_memory()
     clock = StretchClock(session.device)
-    module = LanguageModeling(case.config, pruning, session.backend, session.seed, learning_rate=_LEARNING_RATE)
+    options = {"backend": session.backend, "seed": session.seed, "learning_rate": _LEARNING_RATE}
+    module = LanguageModeling(case.config, pruning, **options)
     accelerator = "gpu" if session.device.type == "cuda" else "cpu"
     with warnings.catch_warnings(), _determinism_restored():
         warnings.simplefilter("ignore")  # advice about loader workers, loggers and batch sizes
