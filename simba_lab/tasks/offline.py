@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simba_lab.data.package import NAME, installed_version
 from simba_lab.errors import InputError
 from simba_lab.files import write_json
 from simba_lab.tasks.benchmarks import PAPER6, Benchmark
-from simba_lab.tasks.package import NAME, installed_version
 from simba_lab.tasks.task_files import write_documents, write_group, write_task
 
 if TYPE_CHECKING:

