@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from simba_lab.checkpoint.card import RECORD, write_card
 from simba_lab.checkpoint.hub import NEOX, TOKENIZER_FILE
 from simba_lab.checkpoint.loading import is_state_spaces, load, locate
 from simba_lab.checkpoint.run_folder import save_model
@@ -31,15 +32,18 @@ _ALSO = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.
 
 
 def convert(
-    source: str | Path, target: str | Path, format: str, dtype: str | torch.dtype | None = None
+    source: str | Path, target: str | Path, format: str, dtype: str | torch.dtype | None = None, card: bool = False
 ) -> dict[str, Any]:
     """Write the model ``source`` (whatever :func:`load` takes) as a new folder ``target``; weights keep every bit.
 
-    ``format`` is one of ``FORMATS``; ``dtype`` as for :func:`load`. Returns what was written, and remarks on what the
-    format has no place for. Raises InputError for a target that exists or a model that the format cannot express.
+    ``format`` is one of ``FORMATS``; ``dtype`` as for :func:`load`. A run stays one: in format ``run`` its record goes
+    along, and with ``card`` a page made from it. Returns what was written, and remarks on what the format has no place
+    for. Raises InputError for a target that exists, a model that the format cannot express, or no record for a card.
     """
     if format not in FORMATS:
         raise InputError(f"format: {format!r} is unknown; use one of {', '.join(FORMATS)}")
+    if card and format != "run":
+        raise InputError(f"card: only a run has a record to make it from, and format {format} no place for it; use run")
     target = Path(target)
     if target.exists() or target.is_symlink():
         raise InputError(f"{target} exists; name a new folder, nothing is overwritten")
@@ -48,6 +52,10 @@ def convert(
     with _appearing(target) as folder:
         FORMATS[format](folder, model)
         tokenizer = _copy_tokenizer(place, folder)
+        if format == "run":
+            _copy(RECORD, place, folder)
+        if card:
+            write_card(folder, model, target.name)
     parameters = sum(weight.numel() for weight in model.parameters())
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in model.parameters()})
     return {
@@ -75,10 +83,15 @@ def _copy_tokenizer(place: Path, folder: Path) -> bool:
     tokenizer = tokenizer_beside(place)
     if tokenizer is None:
         return False
-    for name in (TOKENIZER_FILE, *_ALSO):
-        if (tokenizer.parent / name).is_file():
-            shutil.copyfile(tokenizer.parent / name, folder / name)
+    _copy((TOKENIZER_FILE, *_ALSO), tokenizer.parent, folder)
     return True
+
+
+def _copy(names: Iterable[str], source: Path, folder: Path) -> None:
+    """The files of these names that there are."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 @contextmanager
