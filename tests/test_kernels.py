@@ -259,7 +259,7 @@ def test_custom_ops_keep_torchs_contract(compiled) -> None:
     torch.library.opcheck(cpu._scan, (*leaves, True), test_utils=checks)
     torch.library.opcheck(cpu._scan, (*(t.detach() for t in leaves), False), test_utils=checks)
     convolved = [c[name].detach().clone().requires_grad_() for name in CONV]
-    torch.library.opcheck(cpu._conv, tuple(convolved), test_utils=checks)
+    torch.library.opcheck(cpu._conv, (*convolved, torch.empty(0, 0, dtype=torch.int64)), test_utils=checks)
     scored = (*(s[name] for name in ("x", "dt", "dt_bias", "A", "B")), s["C"][:, -1], torch.ones(2, 3), "max", False)
     torch.library.opcheck(cpu._impact, scored, test_utils=checks)
 

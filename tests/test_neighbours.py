@@ -16,7 +16,7 @@ from simba_lab.cli.pruning_flags import configure_pruning, described_plan
 from simba_lab.errors import InputError
 from simba_lab.evaluate.arguments import pruning_plan
 from simba_lab.evaluate.arms import parse_arm
-from simba_lab.kernels import reference
+from simba_lab.kernels import cpu, reference
 from simba_lab.model import LanguageModel
 from simba_lab.pruning import PruningPlan
 from simba_lab.sweep.plan import arm_name
@@ -62,6 +62,29 @@ def test_a_stranger_that_is_not_finite_is_not_read() -> None:
     x[:, 1] = float("nan")
     out, _ = reference.neighbour_conv(x, weight, bias, torch.tensor([[0, 1, 0, 1, 2]] * 2))
     assert out.isnan().any(2).tolist() == [[False, True, False, False, False]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("length", "width"), [(1, 4), (2, 3), (9, 1), (70, 4), (131, 5)])
+def test_cpu_kernels_equal_reference(
+    request: pytest.FixtureRequest, length: int, width: int, dtype: torch.dtype
+) -> None:
+    """More tokens than a job has, too; x is half of a wider tensor, and NaN in fresh memory is no input."""
+    places = sorted(torch.randperm(2 * length, generator=torch.Generator().manual_seed(length))[:length].tolist())
+    known = counted(places, width)
+    given = [t.detach().to(dtype).requires_grad_() for t in arguments(length, width)]
+    cpu.neighbour_conv(*given, known)[0].sum().backward()  # compiled before memory is poisoned
+    request.getfixturevalue("nan_memory")
+    results = []
+    for op, leaves in ((cpu, given), (reference, [t.detach().double().requires_grad_() for t in given])):
+        x, weight, bias = leaves
+        outputs = op.neighbour_conv(torch.cat([x, 2 * x], dim=2)[..., 3:], weight, bias, known)
+        loss = sum((out * torch.linspace(-1, 2, out.numel()).view(out.shape)).sum() for out in outputs)
+        results.append([*outputs, *torch.autograd.grad(loss, leaves)])
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == dtype and ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max() if ours.numel() else True
 
 
 @every_generation

@@ -70,10 +70,15 @@ def neighbour_conv(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor) 
         known = (neighbours[:, distance:] >= distance)[..., None]
         earlier = torch.where(known, inputs[:, :-distance], 0) * taps[:, -1 - distance]
         total = total + F.pad(earlier, (0, 0, distance, 0))
+    return F.silu(total).to(x.dtype), last_neighbours(x, width, neighbours)
+
+
+def last_neighbours(x: Tensor, width: int, neighbours: Tensor) -> Tensor:
+    """The last ``width - 1`` of ``x`` (B, L, D), zeros where the last token does not know them."""
     last = F.pad(x, (0, 0, width - 1, 0))[:, x.shape[1] :]
     distances = torch.arange(width - 2, -1, -1, device=x.device)
     known = (neighbours[:, -1:] >= distances)[..., None]
-    return F.silu(total).to(x.dtype), torch.where(known, last, 0)
+    return torch.where(known, last, 0)
 
 
 def step_size(dt: Tensor, dt_bias: Tensor) -> Tensor:

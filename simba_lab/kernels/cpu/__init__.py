@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simba_lab.kernels import reference
 from simba_lab.kernels.cpu.dense import add_rms_norm as add_rms_norm
 from simba_lab.kernels.cpu.dense import linear as linear
 from simba_lab.kernels.cpu.dense import use_torch_threads
@@ -18,7 +19,6 @@ from simba_lab.kernels.cpu.mamba2 import gated_rms_norm as gated_rms_norm
 from simba_lab.kernels.cpu.mamba2 import ssd as ssd
 from simba_lab.kernels.cpu.mamba2 import ssd_impact as ssd_impact
 from simba_lab.kernels.reference import cross_entropy as cross_entropy
-from simba_lab.kernels.reference import neighbour_conv as neighbour_conv
 
 _COMPUTE = {torch.float32: torch.float32, torch.float64: torch.float64}
 
@@ -134,24 +134,26 @@ def selective_scan(
 
 
 @torch.library.custom_op("simba_lab::causal_conv", mutates_args=(), device_types="cpu")
-def _conv(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor) -> Tensor:
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor, neighbours: Tensor) -> Tensor:
     from simba_lab.kernels.cpu import conv
 
     use_torch_threads()
     out = x.new_empty(x.shape)
     (x_,), strides = _flat(x)
-    conv.forward(x_, strides[0], _array(weight.t()), _array(bias), _array(initial), out.numpy())
+    conv.forward(
+        x_, strides[0], _array(weight.t()), _array(bias), _array(initial), _array(neighbours), out.numpy()
+    )  # fmt: skip
     return out
 
 
 @_conv.register_fake
-def _(x, weight, bias, initial):  # noqa: ANN001, ANN202
+def _(x, weight, bias, initial, neighbours):  # noqa: ANN001, ANN202
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("simba_lab::causal_conv_backward", mutates_args=(), device_types="cpu")
 def _conv_backward(
-    x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor, dout: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor, neighbours: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from simba_lab.kernels.cpu import conv
 
@@ -162,12 +164,12 @@ def _conv_backward(
     dweight, dbias = x.new_empty(jobs, weight.shape[1], channels), x.new_empty(jobs, channels)
     dinitial = x.new_empty(initial.shape)
     (x_,), strides = _flat(x)
-    taps = _array(weight.t())
+    taps, known = _array(weight.t()), _array(neighbours)
     conv.backward(
-        x_, strides[0], taps, _array(bias), _array(initial), _array(dout), dinner.numpy(), dweight.numpy(),
+        x_, strides[0], taps, _array(bias), _array(initial), known, _array(dout), dinner.numpy(), dweight.numpy(),
         dbias.numpy(),
     )  # fmt: skip
-    conv.spread(dinner.numpy(), taps, dx.numpy(), dinitial.numpy())
+    conv.spread(dinner.numpy(), taps, known, dx.numpy(), dinitial.numpy())
     return dx, dweight.sum(0).t().contiguous(), dbias.sum(0), dinitial
 
 
@@ -176,7 +178,7 @@ def _conv_context(ctx, inputs, output) -> None:  # noqa: ANN001
 
 
 def _conv_gradients(ctx, dout):  # noqa: ANN001, ANN202
-    return _conv_backward(*ctx.saved_tensors, dout)
+    return *_conv_backward(*ctx.saved_tensors, dout), None
 
 
 _conv.register_autograd(_conv_gradients, setup_context=_conv_context)
@@ -188,8 +190,16 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None 
     if initial is None:
         initial = x.new_zeros(x.shape[0], before, x.shape[2])
     last = torch.cat([initial.to(dtype), x[:, max(0, x.shape[1] - before) :]], dim=1)
-    out = _conv(*map(_computable, (x, weight, bias, initial)))
+    everyone = torch.empty(0, 0, dtype=torch.int64, device=x.device)
+    out = _conv(*map(_computable, (x, weight, bias, initial)), everyone)
     return out.to(dtype), last[:, last.shape[1] - before :]
+
+
+def neighbour_conv(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`simba_lab.kernels.reference.neighbour_conv`."""
+    before = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
+    out = _conv(*map(_computable, (x, weight, bias, before)), neighbours)
+    return out.to(x.dtype), reference.last_neighbours(x, weight.shape[1], neighbours)
 
 
 @torch.library.custom_op("simba_lab::global_impact", mutates_args=(), device_types="cpu")

@@ -1,7 +1,9 @@
 """Depthwise causal convolution with SiLU for CPUs, forward and backward, compiled by Numba.
 
 A job is one sequence times one stretch of tokens; inner loops run over channels. The input comes as a flat view with
-its strides (batch, token); ``weight`` is passed transposed, (W, D), so that channels are contiguous.
+its strides (batch, token); ``weight`` is passed transposed, (W, D), so that channels are contiguous. ``neighbours``
+(B, L) says how many tokens directly before each its taps may read, as in the reference's ``neighbour_conv``; if it is
+empty they read all.
 """
 
 from __future__ import annotations
@@ -30,12 +32,18 @@ def _row(x, strides, initial, i, source):
 
 
 @_inner
-def _preactivation(x, strides, weight, bias, initial, i, t, total):
-    """``total`` (D,) = bias + sum over taps, for token t of sequence i."""
+def _reach(neighbours, i, t, width):
+    """How far back taps of token t read, at most ``width - 1``."""
+    return min(width - 1, neighbours[i, t]) if neighbours.size else width - 1
+
+
+@_inner
+def _preactivation(x, strides, weight, bias, initial, reach, i, t, total):
+    """``total`` (D,) = bias + sum over taps that reach back no further than ``reach``, for token t of sequence i."""
     width, channels = weight.shape
     for d in range(channels):
         total[d] = bias[d]
-    for tap in range(width):
+    for tap in range(width - 1 - reach, width):
         source = t + tap - (width - 1)
         row = _row(x, strides, initial, i, source)
         for d in range(channels):
@@ -43,7 +51,7 @@ def _preactivation(x, strides, weight, bias, initial, i, t, total):
 
 
 @kernel
-def forward(x, strides, weight, bias, initial, out):
+def forward(x, strides, weight, bias, initial, neighbours, out):
     """``out`` (B, L, D) = silu(conv(x)); initial (B, W-1, D) are the inputs before token 0."""
     batch, length, channels = out.shape
     stretches = (length + STRETCH - 1) // STRETCH
@@ -52,14 +60,15 @@ def forward(x, strides, weight, bias, initial, out):
         i, first = job // stretches, (job % stretches) * STRETCH
         total = np.empty(channels, out.dtype)
         for t in range(first, min(first + STRETCH, length)):
-            _preactivation(x, strides, weight, bias, initial, i, t, total)
+            reach = _reach(neighbours, i, t, weight.shape[0])
+            _preactivation(x, strides, weight, bias, initial, reach, i, t, total)
             out_row = out[i, t]
             for d in range(channels):
                 out_row[d] = total[d] * sigmoid(total[d], one)
 
 
 @kernel
-def backward(x, strides, weight, bias, initial, dout, dinner, dweight, dbias):
+def backward(x, strides, weight, bias, initial, neighbours, dout, dinner, dweight, dbias):
     """Gradient ``dinner`` (B, L, D) before SiLU, and per job those of weight (jobs, W, D) and bias (jobs, D)."""
     batch, length, channels = dout.shape
     width = weight.shape[0]
@@ -71,7 +80,8 @@ def backward(x, strides, weight, bias, initial, dout, dinner, dweight, dbias):
         dweight[job] = 0
         dbias[job] = 0
         for t in range(first, min(first + STRETCH, length)):
-            _preactivation(x, strides, weight, bias, initial, i, t, total)
+            reach = _reach(neighbours, i, t, width)
+            _preactivation(x, strides, weight, bias, initial, reach, i, t, total)
             dout_row, dinner_row, dbias_job = dout[i, t], dinner[i, t], dbias[job]
             for d in range(channels):
                 opened = sigmoid(total[d], one)
@@ -79,14 +89,14 @@ def backward(x, strides, weight, bias, initial, dout, dinner, dweight, dbias):
                 total[d] = dout_row[d] * slope
                 dinner_row[d] = total[d]
                 dbias_job[d] += total[d]
-            for tap in range(width):
+            for tap in range(width - 1 - reach, width):
                 row, dweight_tap = _row(x, strides, initial, i, t + tap - (width - 1)), dweight[job, tap]
                 for d in range(channels):
                     dweight_tap[d] += total[d] * row[d]
 
 
 @kernel
-def spread(dinner, weight, dx, dinitial):
+def spread(dinner, weight, neighbours, dx, dinitial):
     """Gradients of x (B, L, D) and of the initial inputs (B, W-1, D) from the one before SiLU."""
     batch, length, channels = dinner.shape
     width = weight.shape[0]
@@ -98,7 +108,7 @@ def spread(dinner, weight, dx, dinitial):
             total[:] = 0
             for tap in range(width):
                 t = source + (width - 1) - tap
-                if t >= 0 and t < length:
+                if t >= 0 and t < length and _reach(neighbours, i, t, width) >= t - source:
                     dinner_row = dinner[i, t]
                     for d in range(channels):
                         total[d] += weight[tap, d] * dinner_row[d]
