@@ -19,7 +19,7 @@ from simba_lab.errors import InputError
 from simba_lab.kernels import reference
 
 pytest.importorskip("triton")
-from simba_lab.kernels.gpu import conv, norm  # noqa: E402 - they need triton
+from simba_lab.kernels.gpu import adjacency, conv, norm  # noqa: E402 - they need triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Largest error allowed, relative to the largest entry of the tensor.
@@ -183,6 +183,18 @@ def counted(places: Tensor) -> Tensor:
     index = torch.arange(places.shape[1])
     starts = torch.where(places.diff(dim=1, prepend=places[:, :1]) == 1, 0, index)
     return (index - starts.cummax(dim=1).values).to(DEVICE)
+
+
+@pytest.mark.parametrize(("kept", "n_suffix", "width"), [(1, 0, 4), (1, 3, 2), (5, 7, 4), (300, 0, 3), (250, 20, 4)])
+def test_neighbours_are_counted_as_the_reference_counts_them(kept: int, n_suffix: int, width: int) -> None:
+    """Also where the last of the context was kept, so that the suffix has neighbours there, and where it was not."""
+    places = kept_places(3, kept).to(DEVICE)
+    last = int(places.max()) + 1
+    for given, n_context in ((places, last), (places, last + 2), (places.mT.contiguous().mT, last)):
+        counts = adjacency.true_neighbours(given, n_context, n_suffix, width)
+        assert torch.equal(counts, reference.true_neighbours(given, n_context, n_suffix, width))
+    torch.library.opcheck(adjacency._count, (places, last, n_suffix, width), test_utils=CHECKS)
+    assert counts[:, :kept].equal(counted(places.cpu()).clamp(max=width - 1))
 
 
 def adjacent(op: Callable, neighbours: Tensor) -> Callable:
@@ -353,7 +365,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from simba_lab.kernels.gpu import conv, conv_kernels, norm
+from simba_lab.kernels.gpu import adjacency, conv, conv_kernels, norm
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -382,6 +394,7 @@ check("adjacent-forward", conv_kernels.convolve, 2, x=half, weight=wide, bias=wi
 check("adjacent-backward", conv_kernels.convolve_backward, 4, x=half, weight=wide, bias=wide, initial=None,
       neighbours="*i64", dout=half, dlast=None, dx=half, dinitial=None, partial=wide, GROUP=conv.BACKWARD.group,
       **shape)
+check("adjacent-counts", adjacency._count_kernel, 4, positions="*i64", neighbours="*i64", W=4, BLOCK=adjacency.BLOCK)
 check("conv-reduce", conv_kernels.add_up, 4, partial=wide, dweight=wide, dbias=wide, W=4, ROWS=32, BLOCK=64)
 block, warps = norm.row_layout(2560)
 check("norm-forward", norm._forward_kernel, warps, hidden=half, residual=wide, weight=wide, normed=half, stream=wide,
@@ -399,7 +412,7 @@ def test_kernels_compile_for_the_gpu() -> None:
     found = {name: accesses for name, *accesses in map(str.split, run.stdout.splitlines())}
     assert {name: accesses[0] for name, accesses in found.items()} == {
         f"{op}-{part}": "0" for op in ("conv", "adjacent", "norm") for part in ("forward", "backward")
-    } | {"conv-reduce": "0"}
+    } | {"conv-reduce": "0", "adjacent-counts": "0"}
     for name in ("conv-forward", "norm-forward", "norm-backward"):
         narrow = {access for access in found[name][1:] if not access.endswith("v4.b32")}
         assert narrow <= {"ld.global.b32", "st.global.b32"}, name  # the inverse rms of a row is a single number

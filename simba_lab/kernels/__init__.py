@@ -27,6 +27,7 @@ class Backend:
     selective_scan: Callable
     causal_conv: Callable
     neighbour_conv: Callable
+    true_neighbours: Callable
     global_impact: Callable
     ssd: Callable
     ssd_impact: Callable

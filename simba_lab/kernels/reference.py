@@ -73,6 +73,20 @@ def neighbour_conv(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor) 
     return F.silu(total).to(x.dtype), last_neighbours(x, width, neighbours)
 
 
+def true_neighbours(positions: Tensor, n_context: int, n_suffix: int, width: int) -> Tensor:
+    """Tokens directly before each in the text that are here too, as far as a convolution of ``width`` taps reads.
+
+    ``positions`` (B, k) int64, ascending, of what is left of a context of ``n_context`` tokens; ``n_suffix`` tokens
+    follow it, all of them here. Returns counts (B, k + n_suffix) int64 up to ``width - 1``.
+    """
+    suffix = torch.arange(n_context, n_context + n_suffix, device=positions.device)
+    positions = torch.cat([positions, suffix.expand(positions.shape[0], n_suffix)], dim=1)
+    neighbours = torch.zeros_like(positions)
+    for distance in range(1, min(width, positions.shape[1])):
+        neighbours[:, distance:] += positions[:, distance:] - positions[:, :-distance] == distance
+    return neighbours
+
+
 def last_neighbours(x: Tensor, width: int, neighbours: Tensor) -> Tensor:
     """The last ``width - 1`` of ``x`` (B, L, D), zeros where the last token does not know them."""
     last = F.pad(x, (0, 0, width - 1, 0))[:, x.shape[1] :]

@@ -206,12 +206,7 @@ class LanguageModel(nn.Module):
         """
         if self.pruning is None or self.pruning.convolution == "compacted" or position.shape[1] == n_context:
             return None
-        suffix = torch.arange(n_context, n_context + n_suffix, device=position.device)
-        position = torch.cat([position, suffix.expand(position.shape[0], n_suffix)], dim=1)
-        neighbours = torch.zeros_like(position)
-        for distance in range(1, min(self.config.d_conv, position.shape[1])):
-            neighbours[:, distance:] += position[:, distance:] - position[:, :-distance] == distance
-        return neighbours
+        return self.backend.true_neighbours(position, n_context, n_suffix, self.config.d_conv)
 
     def _choose(
         self, layer: int, k: int, mixer: MixerSignals, stream: Callable[[], Tensor], position: Tensor,

@@ -19,6 +19,7 @@ from simba_lab.kernels.cpu.mamba2 import gated_rms_norm as gated_rms_norm
 from simba_lab.kernels.cpu.mamba2 import ssd as ssd
 from simba_lab.kernels.cpu.mamba2 import ssd_impact as ssd_impact
 from simba_lab.kernels.reference import cross_entropy as cross_entropy
+from simba_lab.kernels.reference import true_neighbours as true_neighbours
 
 _COMPUTE = {torch.float32: torch.float32, torch.float64: torch.float64}
 

@@ -6,6 +6,7 @@ code runs on CPU tensors in Triton's interpreter, which is how it is tested with
 
 from __future__ import annotations
 
+from simba_lab.kernels.gpu.adjacency import true_neighbours as true_neighbours
 from simba_lab.kernels.gpu.conv import causal_conv as causal_conv
 from simba_lab.kernels.gpu.conv import neighbour_conv as neighbour_conv
 from simba_lab.kernels.gpu.cross_entropy import cross_entropy as cross_entropy
