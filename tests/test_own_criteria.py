@@ -295,3 +295,31 @@ def test_a_wrong_option_is_named(name: str, options: dict, says: str) -> None:
     with pytest.raises(InputError) as caught:
         build(name, **options)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpus_kernels_cost_inside_a_criterion_what_a_cpus_cost(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    from simba_lab.kernels import cpu
+    from simba_lab.kernels.gpu.impact import global_impact
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    g = torch.Generator().manual_seed(0)
+    x, dt, B, C = (torch.randn(2, *size, generator=g).to(device, dtype) for size in ((9, 6), (9, 6), (9, 4), (4,)))
+    dt_bias, A = torch.zeros(6, device=device), -torch.ones(6, 4, device=device)
+    gate = torch.randn(2, 6, generator=g).to(device, dtype)
+    counted = []
+    for op, place in ((global_impact, device), (cpu.global_impact, "cpu")):
+        for gated in (None, gate):
+            inputs = [t if t is None else t.to(place) for t in (x, dt, dt_bias, A, B, C, gated)]
+            with measure.OperationCounter() as counter:
+                op(*inputs)
+            counted.append(counter.flops)
+    assert counted[:2] == [cost.global_impact(18, 6, 4, gated, "max") for gated in (False, True)]
+    assert counted[2] >= counted[0] and counted[3] >= counted[1], "the CPU's op does a little beside itself"
+
+
+def test_every_kernel_a_criterion_may_call_has_a_cost() -> None:
+    names = {name.removesuffix("_triton") for name in measure._OURS}
+    assert names == {"causal_conv", "selective_scan", "global_impact", "ssd", "ssd_impact"}
+    assert {f"{name}_triton" for name in names} <= measure._OURS.keys()

@@ -24,7 +24,7 @@ _FREE = frozenset(
     "new_empty _to_copy to copy_ lift_fresh gather index index_select flip unbind contiguous scalar_tensor".split()
 )
 
-# Our own ops cost inside a user's criterion what they cost outside; arguments as in simba_lab.kernels.cpu.
+# Our own ops cost inside a user's criterion what they cost outside; arguments as in simba_lab.kernels.cpu and gpu.
 _OURS: dict[str, Callable[..., int]] = {
     "causal_conv": lambda x, weight, *_: cost.causal_conv(x.shape[0] * x.shape[1], *weight.shape),
     "selective_scan": lambda x, dt, dt_bias, A, *_: cost.selective_scan(x.shape[0] * x.shape[1], *A.shape),
@@ -34,6 +34,17 @@ _OURS: dict[str, Callable[..., int]] = {
     "ssd": lambda x, delta, A, B, *_: cost.ssd(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], B.shape[3]),
     "ssd_impact": lambda x, delta, A, B, C, gate, reduce, gated: cost.ssd_impact(
         x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], x.shape[2], B.shape[2], B.shape[3], gated, reduce
+    ),
+    "causal_conv_triton": lambda x, weight, *_: cost.causal_conv(x.shape[0] * x.shape[1], *weight.shape),
+    "selective_scan_triton": lambda x, dt, dt_bias, A, *_: cost.selective_scan(x.shape[0] * x.shape[1], *A.shape),
+    "global_impact_triton": lambda x, dt, dt_bias, A, B, C, gate, reduce, series: cost.global_impact(
+        x.shape[0] * x.shape[1], *A.shape, gate is not None, reduce
+    ),
+    "ssd_triton": lambda x, dt, dt_bias, A, B, *_: cost.ssd(
+        x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], B.shape[3]
+    ),
+    "ssd_impact_triton": lambda x, dt, dt_bias, A, B, C, gate, reduce: cost.ssd_impact(
+        x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], x.shape[2], B.shape[2], B.shape[3], gate is not None, reduce
     ),
 }
 
