@@ -19,7 +19,7 @@ from simba_lab.errors import InputError
 from simba_lab.kernels import reference
 
 pytest.importorskip("triton")
-from simba_lab.kernels.gpu import adjacency, conv, norm  # noqa: E402 - they need triton
+from simba_lab.kernels.gpu import adjacency, conv, gather, norm  # noqa: E402 - they need triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Largest error allowed, relative to the largest entry of the tensor.
@@ -266,6 +266,38 @@ def test_norm_equals_reference(nan_memory: None, shape: tuple[int, ...], residua
     compare(normalise(norm.add_rms_norm), normalise(reference.add_rms_norm), arguments, TOLERANCE[dtype])
 
 
+def keeping(op: Callable, chosen: Tensor, present: int) -> Callable:
+    return lambda hidden, residual, weight: op(hidden, residual, chosen, present, weight, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(("shape", "kept", "present"), [((2, 9, 5), 4, 6), ((1, 3, 24), 1, 3), ((3, 5, 40), 5, 5)])
+@pytest.mark.parametrize("used", [None, 0, 1])
+def test_norm_of_kept_tokens_equals_reference(
+    nan_memory: None, shape: tuple[int, ...], kept: int, present: int, used: int | None, dtype: torch.dtype
+) -> None:
+    """Chosen tokens and a suffix behind them or none; gradients of dropped tokens are zeros; both outputs or one."""
+    wide = torch.promote_types(dtype, torch.float32)
+    drawn = torch.rand(shape[0], present, generator=torch.Generator().manual_seed(kept))
+    chosen = drawn.topk(kept).indices.sort().values
+    ops = [keeping(op.keep_add_rms_norm, chosen.to(DEVICE), present) for op in (norm, reference)]
+    fast, slow = ops if used is None else (only(used, op) for op in ops)
+    compare(fast, slow, cast(norm_arguments(*shape), dtype, wide, dtype), TOLERANCE[dtype])
+
+
+def test_norm_of_kept_tokens_is_that_of_both_steps_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm, "HELD", 3 * 8)  # three programs with rows of 8
+    hidden, residual, weight = cast(norm_arguments(2, 11, 6), torch.bfloat16, torch.float32, torch.float32)
+    chosen = torch.tensor([[0, 3, 4, 7], [1, 2, 5, 6]], device=DEVICE)
+
+    def apart(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return norm.add_rms_norm(*gather.keep_tokens(*tensors[:2], chosen, 8), tensors[2], 1e-5)
+
+    for slices in ([hidden, residual, weight], [hidden[..., ::2], residual.mT.contiguous().mT[..., ::2], weight[::2]]):
+        at_once = outputs_and_gradients(keeping(norm.keep_add_rms_norm, chosen, 8), slices)
+        assert all(torch.equal(a, b) for a, b in zip(at_once, outputs_and_gradients(apart, slices), strict=True))
+
+
 def test_norm_in_mixed_dtypes_follows_the_weight(nan_memory: None) -> None:
     for dtypes in itertools.product((torch.bfloat16, torch.float32), repeat=3):
         arguments = cast(norm_arguments(1, 3, 5), *dtypes)
@@ -349,6 +381,11 @@ def test_torchs_contract() -> None:
     for later, apart in ((stream.clone(), True), (None, False)):
         saved = (stream, stream[..., 0].clone(), scale.detach(), hidden.detach(), later, torch.bfloat16, apart)
         torch.library.opcheck(norm._norm_backward, saved, test_utils=CHECKS)
+    chosen = torch.tensor([[1], [0]], device=DEVICE)
+    torch.library.opcheck(norm._norm, (hidden, residual, scale, 1e-5, torch.float32, chosen, 2), test_utils=CHECKS)
+    short = stream[:, :2].clone()
+    saved = (short, short[..., 0].clone(), scale.detach(), short.clone(), None, torch.bfloat16, True)
+    torch.library.opcheck(norm._norm_backward, (*saved, chosen, 2, 3), test_utils=CHECKS)
 
 
 def test_shapes_without_data() -> None:
@@ -373,7 +410,7 @@ def check(name, kernel, warps, **arguments):
     signature = {a: "constexpr" if isinstance(v, int) or v is None else v for a, v in arguments.items()}
     signature = {a: signature.get(a, "i32") for a in kernel.arg_names}
     constants = {a: v for a, v in arguments.items() if signature[a] == "constexpr"}
-    loose = ("length", "span", "rows", "stretch", "eps")  # not known to be multiples of 16
+    loose = ("length", "longer", "kept", "present", "span", "rows", "stretch", "eps")  # not known to be multiples of 16
     aligned = [i for i, a in enumerate(kernel.arg_names) if a not in constants and a not in loose]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm
@@ -397,10 +434,11 @@ check("adjacent-backward", conv_kernels.convolve_backward, 4, x=half, weight=wid
 check("adjacent-counts", adjacency._count_kernel, 4, positions="*i64", neighbours="*i64", W=4, BLOCK=adjacency.BLOCK)
 check("conv-reduce", conv_kernels.add_up, 4, partial=wide, dweight=wide, dbias=wide, W=4, ROWS=32, BLOCK=64)
 block, warps = norm.row_layout(2560)
-check("norm-forward", norm._forward_kernel, warps, hidden=half, residual=wide, weight=wide, normed=half, stream=wide,
-      inverse=wide, eps="fp32", BLOCK=block)
-check("norm-backward", norm._backward_kernel, warps, stream=wide, inverse=wide, weight=wide, dnormed=half,
-      dstream=wide, dhidden=half, dresidual=wide, partial=wide, BLOCK=block)
+for name, chosen in (("norm", None), ("kept", "*i64")):
+    check(f"{name}-forward", norm._forward_kernel, warps, hidden=half, residual=wide, weight=wide, chosen=chosen,
+          normed=half, stream=wide, inverse=wide, eps="fp32", BLOCK=block)
+    check(f"{name}-backward", norm._backward_kernel, warps, stream=wide, inverse=wide, weight=wide, chosen=chosen,
+          dnormed=half, dstream=wide, dhidden=half, dresidual=wide, partial=wide, BLOCK=block)
 """
 
 
@@ -411,8 +449,9 @@ def test_kernels_compile_for_the_gpu() -> None:
     assert run.returncode == 0, run.stderr
     found = {name: accesses for name, *accesses in map(str.split, run.stdout.splitlines())}
     assert {name: accesses[0] for name, accesses in found.items()} == {
-        f"{op}-{part}": "0" for op in ("conv", "adjacent", "norm") for part in ("forward", "backward")
+        f"{op}-{part}": "0" for op in ("conv", "adjacent", "norm", "kept") for part in ("forward", "backward")
     } | {"conv-reduce": "0", "adjacent-counts": "0"}
-    for name in ("conv-forward", "norm-forward", "norm-backward"):
+    for name in ("conv-forward", "norm-forward", "norm-backward", "kept-forward", "kept-backward"):
         narrow = {access for access in found[name][1:] if not access.endswith("v4.b32")}
-        assert narrow <= {"ld.global.b32", "st.global.b32"}, name  # the inverse rms of a row is a single number
+        # The inverse rms of a row is a single number, and so is the place it comes from.
+        assert narrow <= {"ld.global.b32", "st.global.b32", "ld.global.b64"}, name

@@ -34,6 +34,7 @@ class Backend:
     gated_rms_norm: Callable
     select_tokens: Callable
     keep_tokens: Callable
+    keep_add_rms_norm: Callable
     cross_entropy: Callable
 
 

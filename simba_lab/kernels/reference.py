@@ -285,6 +285,13 @@ def add_rms_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: f
     return (residual * inverse_rms * weight.to(wide)).to(weight.dtype), residual
 
 
+def keep_add_rms_norm(
+    hidden: Tensor, residual: Tensor, chosen: Tensor, present: int, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`add_rms_norm` of the tokens that :func:`keep_tokens` keeps: both outputs (B, k + L - present, D)."""
+    return add_rms_norm(*keep_tokens(hidden, residual, chosen, present), weight, eps)
+
+
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
     """``g / rms(g) * weight`` of the gated output ``g = y silu(z)`` of a Mamba-2 layer, all (B, L, D), weight (D,).
 

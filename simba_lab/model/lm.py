@@ -15,7 +15,7 @@ from simba_lab.kernels import Backend, check_name, resolve
 from simba_lab.kernels.cost import charge, is_recording, select
 from simba_lab.model.config import ModelConfig
 from simba_lab.model.cost import Breakdown, forward_flops, scored_shape
-from simba_lab.model.mamba import Block, LayerState, MixerSignals, Projection, RMSNorm
+from simba_lab.model.mamba import Block, Kept, LayerState, MixerSignals, Projection, RMSNorm
 from simba_lab.model.mixers import make_mixer
 from simba_lab.pruning import PruningPlan, Signals
 from simba_lab.pruning.criteria import checked_scores, sequence_key
@@ -187,16 +187,17 @@ class LanguageModel(nn.Module):
         hidden, residual = self.backbone.embedding(tokens), None
         position = torch.arange(n_context, device=tokens.device).expand(tokens.shape[0], n_context)
         key = functools.cache(lambda: sequence_key(tokens[:, :n_context]))
-        kept, states = [], []
+        kept, states, going_on = [], [], None
         for layer, block in enumerate(self.backbone.layers):
             kept.append(position)
             neighbours = self._neighbours(position, n_context, tokens.shape[1] - n_context)
-            hidden, residual, state, signals = block(hidden, residual, backend, None, neighbours)
+            hidden, residual, state, signals = block(hidden, residual, backend, None, neighbours, going_on)
             states.append(state)
+            going_on = None
             if layer + 1 < len(counts) and counts[layer + 1] < counts[layer]:
                 stream = functools.partial(_stream, hidden, residual, counts[layer])
                 chosen, position = self._choose(layer, counts[layer + 1], signals, stream, position, key)
-                hidden, residual = backend.keep_tokens(hidden, residual, chosen, counts[layer])
+                going_on = Kept(chosen, counts[layer])
         return hidden, residual, kept, states
 
     def _neighbours(self, position: Tensor, n_context: int, n_suffix: int) -> Tensor | None:

@@ -38,6 +38,14 @@ class MixerSignals:
     z: Tensor
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Tokens with which a layer goes on: ``chosen`` (B, k) of the first ``present``, and all after those."""
+
+    chosen: Tensor
+    present: int
+
+
 class Projection(nn.Linear):
     """Matrix product, plus a bias if there is one, charged to the open ledger under its own name.
 
@@ -67,8 +75,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels))
         self.eps = eps
 
-    def forward(self, hidden: Tensor, residual: Tensor | None, backend: Backend) -> tuple[Tensor, Tensor]:
-        return backend.add_rms_norm(hidden, residual, self.weight, self.eps)
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None, backend: Backend, kept: Kept | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if kept is None:
+            return backend.add_rms_norm(hidden, residual, self.weight, self.eps)
+        return backend.keep_add_rms_norm(hidden, residual, kept.chosen, kept.present, self.weight, self.eps)
 
 
 class Convolution(nn.Module):
@@ -169,7 +181,10 @@ def column_norms(weight: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Residual add, norm, mixer: (hidden, residual) in and out, the residual stream in fp32 at least."""
+    """Residual add, norm, mixer: (hidden, residual) in and out, the residual stream in fp32 at least.
+
+    With ``kept`` the others of the tokens that come in are dropped first.
+    """
 
     def __init__(self, config: ModelConfig, mixer: nn.Module) -> None:
         super().__init__()
@@ -178,9 +193,9 @@ class Block(nn.Module):
 
     def forward(
         self, hidden: Tensor, residual: Tensor | None, backend: Backend, state: LayerState | None = None,
-        neighbours: Tensor | None = None,
+        neighbours: Tensor | None = None, kept: Kept | None = None,
     ) -> tuple[Tensor, Tensor, LayerState, MixerSignals]:  # fmt: skip
-        normed, residual = self.norm(hidden, residual, backend)
+        normed, residual = self.norm(hidden, residual, backend, kept)
         hidden, state, signals = self.mixer(normed, backend, state, neighbours)
         return hidden, residual, state, signals
 

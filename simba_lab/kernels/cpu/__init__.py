@@ -21,6 +21,14 @@ from simba_lab.kernels.cpu.mamba2 import ssd_impact as ssd_impact
 from simba_lab.kernels.reference import cross_entropy as cross_entropy
 from simba_lab.kernels.reference import true_neighbours as true_neighbours
 
+
+def keep_add_rms_norm(
+    hidden: Tensor, residual: Tensor, chosen: Tensor, present: int, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See :func:`simba_lab.kernels.reference.keep_add_rms_norm`."""
+    return add_rms_norm(*keep_tokens(hidden, residual, chosen, present), weight, eps)
+
+
 _COMPUTE = {torch.float32: torch.float32, torch.float64: torch.float64}
 
 

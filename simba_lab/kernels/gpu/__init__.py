@@ -14,6 +14,7 @@ from simba_lab.kernels.gpu.gated_norm import gated_rms_norm as gated_rms_norm
 from simba_lab.kernels.gpu.gather import keep_tokens as keep_tokens
 from simba_lab.kernels.gpu.impact import global_impact as global_impact
 from simba_lab.kernels.gpu.norm import add_rms_norm as add_rms_norm
+from simba_lab.kernels.gpu.norm import keep_add_rms_norm as keep_add_rms_norm
 from simba_lab.kernels.gpu.scan import selective_scan as selective_scan
 from simba_lab.kernels.gpu.select import select_tokens as select_tokens
 from simba_lab.kernels.gpu.ssd_scan import ssd as ssd

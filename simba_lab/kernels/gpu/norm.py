@@ -3,6 +3,9 @@
 Forward: a program takes one row (token), which it holds whole: rows of up to 8192 channels fit into registers.
 Backward: a program takes a stretch of rows and keeps its share of the weight's gradient; the shares are added in a
 fixed order. Saved between the two: the new residual stream and one inverse rms per row.
+
+After tokens were chosen, rows are read where the chosen ones lie and gradients written there, over zeros: the shorter
+streams exist nowhere but in registers.
 """
 
 from __future__ import annotations
@@ -24,19 +27,31 @@ def start_of(row, length, batch_stride, token_stride):
     return row // length * batch_stride + row % length * token_stride
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit
+def _source(row, length, chosen, kept, present):
+    """Sequence and token that row ``row`` of (B, ``length``, D) comes from: itself unless tokens were ``chosen``."""
+    batch, token = row // length, row % length
+    if chosen is not None:
+        named = tl.load(chosen + batch * kept + token, mask=token < kept, other=0)
+        token = tl.where(token < kept, named, token - kept + present)
+    return batch, token
+
+
+@triton.jit(do_not_specialize=["length", "kept", "present"])
 def _forward_kernel(
-    hidden, residual, weight, normed, stream, inverse, eps, length, channels,
+    hidden, residual, weight, chosen, normed, stream, inverse, eps, length, kept, present, channels,
     hidden_batch, hidden_token, residual_batch, residual_token,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """``length`` tokens a sequence; with ``chosen`` (B, kept), those and then all after the first ``present``."""
     ACC: tl.constexpr = stream.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside = d < channels
-    total = tl.load(hidden + start_of(row, length, hidden_batch, hidden_token) + d, mask=inside, other=0).to(ACC)
+    batch, token = _source(row, length, chosen, kept, present)
+    total = tl.load(hidden + batch * hidden_batch + token * hidden_token + d, mask=inside, other=0).to(ACC)
     if residual is not None:
-        before = residual + start_of(row, length, residual_batch, residual_token)
+        before = residual + batch * residual_batch + token * residual_token
         total += tl.load(before + d, mask=inside, other=0).to(ACC)
     scale = tl.load(weight + d, mask=inside, other=0).to(ACC)
     tl.store(stream + row * channels + d, total, mask=inside)
@@ -46,13 +61,17 @@ def _forward_kernel(
     tl.store(normed + row * channels + d, scaled.to(normed.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["length", "rows", "stretch"])
+@triton.jit(do_not_specialize=["length", "kept", "present", "longer", "rows", "stretch"])
 def _backward_kernel(
-    stream, inverse, weight, dnormed, dstream, dhidden, dresidual, partial, length, channels, rows, stretch,
+    stream, inverse, weight, chosen, dnormed, dstream, dhidden, dresidual, partial,
+    length, kept, present, longer, channels, rows, stretch,
     dnormed_batch, dnormed_token, dstream_batch, dstream_token,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """With u = stream / rms and g = dnormed * weight: the input's gradient is (g - u mean(g u)) / rms + dstream."""
+    """With u = stream / rms and g = dnormed * weight: the input's gradient is (g - u mean(g u)) / rms + dstream.
+
+    It goes where the row came from, in sequences of ``longer`` tokens.
+    """
     ACC: tl.constexpr = stream.dtype.element_ty
     d = tl.arange(0, BLOCK)
     inside = d < channels
@@ -72,9 +91,11 @@ def _backward_kernel(
         if dstream is not None:
             later = dstream + start_of(row, length, dstream_batch, dstream_token)
             dinput += tl.load(later + d, mask=inside, other=0).to(ACC)
-        tl.store(dhidden + row * channels + d, dinput.to(dhidden.dtype.element_ty), mask=inside)
+        batch, token = _source(row, length, chosen, kept, present)
+        target = (batch * longer + token) * channels + d
+        tl.store(dhidden + target, dinput.to(dhidden.dtype.element_ty), mask=inside)
         if dresidual is not None:
-            tl.store(dresidual + row * channels + d, dinput, mask=inside)
+            tl.store(dresidual + target, dinput, mask=inside)
     tl.store(partial + tl.program_id(0).to(tl.int64) * channels + d, share, mask=inside)
 
 
@@ -92,9 +113,11 @@ def as_tokens(t: Tensor) -> Tensor:
 
 @torch.library.custom_op("simba_lab::add_rms_norm_triton", mutates_args=())
 def _norm(
-    hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    normed, stream, inverse = _outputs(hidden, dtype)
+    hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype,
+    chosen: Tensor | None = None, present: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of all tokens (..., D); or of ``chosen`` (B, k) of the first ``present`` and all after them, of (B, L, D)."""
+    normed, stream, inverse = _outputs(hidden, dtype, chosen, present)
     if stream.numel() == 0:
         return normed, stream, inverse
     hidden, residual = as_tokens(hidden), None if residual is None else as_tokens(residual)
@@ -102,15 +125,27 @@ def _norm(
     block, warps = row_layout(hidden.shape[2])
     with torch.cuda.device_of(hidden):
         _forward_kernel[(inverse.numel(),)](
-            hidden, residual, weight.contiguous(), normed, stream, inverse, eps, *hidden.shape[1:],
-            *hidden.stride()[:2], *strides, block, num_warps=warps,
+            hidden, residual, weight.contiguous(), _packed(chosen), normed, stream, inverse, eps,
+            *_lengths(hidden.shape[1], chosen, present), hidden.shape[2], *hidden.stride()[:2], *strides,
+            block, num_warps=warps,
         )  # fmt: skip
     return normed, stream, inverse
 
 
-def _outputs(hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _packed(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _lengths(longer: int, chosen: Tensor | None, present: int) -> tuple[int, int, int]:
+    """Tokens that are left of ``longer``, chosen ones among them, and tokens they were chosen from."""
+    return (longer, 0, 0) if chosen is None else (chosen.shape[1] + longer - present, chosen.shape[1], present)
+
+
+def _outputs(hidden: Tensor, dtype: torch.dtype, chosen: Tensor | None, present: int) -> tuple[Tensor, Tensor, Tensor]:
     """Unfilled ``normed``, new residual stream and inverse rms per row."""
-    wide, shape = torch.promote_types(hidden.dtype, torch.float32), hidden.shape
+    wide, shape = torch.promote_types(hidden.dtype, torch.float32), list(hidden.shape)
+    if chosen is not None:
+        shape[1] = _lengths(shape[1], chosen, present)[0]
     return (
         hidden.new_empty(shape, dtype=dtype),
         hidden.new_empty(shape, dtype=wide),
@@ -119,17 +154,20 @@ def _outputs(hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
 
 
 @_norm.register_fake
-def _(hidden, residual, weight, eps, dtype):  # noqa: ANN001, ANN202
-    return _outputs(hidden, dtype)
+def _(hidden, residual, weight, eps, dtype, chosen=None, present=0):  # noqa: ANN001, ANN202
+    return _outputs(hidden, dtype, chosen, present)
 
 
 @torch.library.custom_op("simba_lab::add_rms_norm_triton_backward", mutates_args=())
 def _norm_backward(
     stream: Tensor, inverse: Tensor, weight: Tensor, dnormed: Tensor, dstream: Tensor | None, dtype: torch.dtype,
-    with_residual: bool,
+    with_residual: bool, chosen: Tensor | None = None, present: int = 0, longer: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden in ``dtype``, of the residual (in the stream's dtype; empty if not wanted) and of weight."""
-    dhidden, dresidual, dweight = _gradients_like(stream, weight, dtype, with_residual)
+    """Gradients of hidden in ``dtype``, of the residual (in the stream's dtype; empty if not wanted) and of weight.
+
+    With ``chosen`` those of hidden and residual have ``longer`` tokens, zeros where none was chosen.
+    """
+    dhidden, dresidual, dweight = _gradients_like(stream, weight, dtype, with_residual, chosen, longer)
     if stream.numel() == 0:
         return dhidden, dresidual, dweight.zero_()
     dnormed, dstream = as_tokens(dnormed), None if dstream is None else as_tokens(dstream)
@@ -141,40 +179,49 @@ def _norm_backward(
     partial = stream.new_empty(parts, channels)
     with torch.cuda.device_of(stream):
         _backward_kernel[(parts,)](
-            stream, inverse, weight.contiguous(), dnormed, dstream, dhidden, dresidual if with_residual else None,
-            partial, dnormed.shape[1], channels, rows, stretch, *dnormed.stride()[:2], *strides,
-            block, num_warps=warps,
+            stream, inverse, weight.contiguous(), _packed(chosen), dnormed, dstream, dhidden,
+            dresidual if with_residual else None, partial, dnormed.shape[1],
+            0 if chosen is None else chosen.shape[1], present, dnormed.shape[1] if chosen is None else longer,
+            channels, rows, stretch, *dnormed.stride()[:2], *strides, block, num_warps=warps,
         )  # fmt: skip
     return dhidden, dresidual, partial.sum(0).to(weight.dtype)
 
 
 def _gradients_like(
-    stream: Tensor, weight: Tensor, dtype: torch.dtype, with_residual: bool
+    stream: Tensor, weight: Tensor, dtype: torch.dtype, with_residual: bool, chosen: Tensor | None, longer: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dresidual = stream.new_empty(stream.shape if with_residual else 0)
-    return stream.new_empty(stream.shape, dtype=dtype), dresidual, weight.new_empty(weight.shape)
+    """Gradients to be filled; of tokens of which only some were chosen, zeros."""
+    shape, fresh = list(stream.shape), stream.new_empty
+    if chosen is not None:
+        shape[1], fresh = longer, stream.new_zeros
+    return fresh(shape, dtype=dtype), fresh(shape if with_residual else 0), weight.new_empty(weight.shape)
 
 
 @_norm_backward.register_fake
-def _(stream, inverse, weight, dnormed, dstream, dtype, with_residual):  # noqa: ANN001, ANN202
-    return _gradients_like(stream, weight, dtype, with_residual)
+def _(stream, inverse, weight, dnormed, dstream, dtype, with_residual, chosen=None, present=0, longer=0):  # noqa: ANN001, ANN202
+    return _gradients_like(stream, weight, dtype, with_residual, chosen, longer)
 
 
 def _context(ctx, inputs, output) -> None:  # noqa: ANN001
-    hidden, residual, weight, *_ = inputs
+    hidden, residual, weight, _, _, chosen, ctx.present = inputs
     _, stream, inverse = output
-    ctx.save_for_backward(stream, inverse, weight)
+    ctx.save_for_backward(stream, inverse, weight, chosen)
     ctx.dtype, ctx.has_residual = hidden.dtype, residual is not None
+    ctx.longer = 0 if chosen is None else hidden.shape[1]
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dnormed, dstream, _):  # noqa: ANN001, ANN202
-    stream, inverse, weight = ctx.saved_tensors
-    if dnormed is None:
-        return dstream.to(ctx.dtype), dstream if ctx.has_residual else None, None, None, None
+    stream, inverse, weight, chosen = ctx.saved_tensors
+    others = (None,) * 4
+    if dnormed is None and chosen is None:
+        return dstream.to(ctx.dtype), dstream if ctx.has_residual else None, None, *others
+    dnormed = torch.zeros_like(stream) if dnormed is None else dnormed
     separate = ctx.has_residual and ctx.dtype != stream.dtype
-    dhidden, dresidual, dweight = _norm_backward(stream, inverse, weight, dnormed, dstream, ctx.dtype, separate)
-    return dhidden, (dresidual if separate else dhidden) if ctx.has_residual else None, dweight, None, None
+    dhidden, dresidual, dweight = _norm_backward(
+        stream, inverse, weight, dnormed, dstream, ctx.dtype, separate, chosen, ctx.present, ctx.longer
+    )
+    return dhidden, (dresidual if separate else dhidden) if ctx.has_residual else None, dweight, *others
 
 
 _norm.register_autograd(_gradients, setup_context=_context)
@@ -194,4 +241,12 @@ def add_rms_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: f
     would round it to that anyway. The stream stays fp32 (fp64 for fp64 input) either way.
     """
     normed, stream, _ = _norm(hidden, residual, weight, eps, _normed_dtype(hidden, weight))
+    return normed, stream
+
+
+def keep_add_rms_norm(
+    hidden: Tensor, residual: Tensor, chosen: Tensor, present: int, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See :func:`simba_lab.kernels.reference.keep_add_rms_norm`; dtypes as in :func:`add_rms_norm`."""
+    normed, stream, _ = _norm(hidden, residual, weight, eps, _normed_dtype(hidden, weight), chosen, present)
     return normed, stream
