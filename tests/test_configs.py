@@ -18,11 +18,13 @@ from simba_lab.model import LanguageModel, ModelConfig
 from simba_lab.pruning import PruningPlan
 from simba_lab.sweep import read_sweep
 from simba_lab.sweep.plan import SweepPlan, make_plan
-from simba_lab.training import Experiment
+from simba_lab.training import Experiment, read_experiment
 from simba_lab.training.lightning_cli import run_cli
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = sorted(ROOT.glob("experiments/**/*.yaml"))
+# Finished runs beside the text they are measured on, which no fit takes; in their folders lies how they were trained.
+MEASURED = sorted(ROOT.glob("experiments/shipped/*.yaml"))
+EXPERIMENTS = sorted({*ROOT.glob("experiments/**/*.yaml")} - {*ROOT.glob("experiments/shipped/**/*.yaml")})
 SWEEPS = sorted(ROOT.glob("sweeps/**/*.yaml"))
 SMALL = {
     "model.model.d_model": 16, "model.model.n_layer": 2, "model.model.d_state": 4, "trainer.accelerator": "cpu",
@@ -51,7 +53,7 @@ def sections(values: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ..
 
 def test_there_is_something_to_test() -> None:
     assert {"base", "small", "recall", "fsdp-2.8b"} <= {path.stem for path in EXPERIMENTS}
-    assert {"hierarchy_ablation", "keep_curve"} <= {path.stem for path in SWEEPS}
+    assert {"from_nothing", "hierarchy_ablation", "keep_curve"} <= {path.stem for path in SWEEPS}
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=by_name)
@@ -113,6 +115,14 @@ def test_a_rung_trained_otherwise_costs_what_the_claim_says(path: Path) -> None:
     assert values["trainer"]["default_root_dir"] == f"runs/ladder/{path.stem}"
 
 
+@pytest.mark.parametrize("path", MEASURED, ids=by_name)
+def test_an_unknown_key_beside_a_finished_run_is_named(path: Path, tmp_path: Path) -> None:
+    for place in sections(read(path)):
+        spoilt = tiny.write_yaml(tmp_path / "spoilt.yaml", read(path), {".".join((*place, "unknwon")): 1})
+        with pytest.raises(InputError, match="unknwon"):
+            read_experiment(spoilt)
+
+
 @pytest.mark.parametrize("path", SWEEPS, ids=by_name)
 def test_an_unknown_key_anywhere_in_a_sweep_is_named(path: Path, tmp_path: Path) -> None:
     extra = {"statistics": {"resamples": 100}, "search": {"trials": 3}}
@@ -134,7 +144,9 @@ def plan_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepPlan:
     config = read_sweep(path)
 
     def described(name: str) -> Experiment:
-        values = read(Path(name))
+        # A shipped run is a rung of the ladder; where its weights are not here, that rung's file knows its shape.
+        place = ROOT / name
+        values = read(ROOT / "experiments" / "ladder" / place.name if place in MEASURED else place)
         shape = ModelConfig(**values["model"]["model"], vocab_size=values["data"]["init_args"]["vocab_size"])
         with torch.device("meta"):
             model = LanguageModel(shape, seed=None)
@@ -158,8 +170,8 @@ def test_a_sweep_plans_every_arm_within_its_tolerance(path: Path, monkeypatch: p
     assert {"smaller_dense", "shorter_context"} <= {arm.kind for arm in plan.arms}
 
 
-def test_the_hierarchy_ablation_crosses_schedules_with_criteria(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_of(ROOT / "sweeps" / "hierarchy_ablation.yaml", monkeypatch)
+def test_the_ablation_from_nothing_crosses_schedules_with_criteria(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(ROOT / "sweeps" / "from_nothing.yaml", monkeypatch)
     criteria = ["global_impact", "local_delta", "norm", "random", "random(seed=1)", "random(seed=2)", "recency"]
     crossed = {f"{schedule}:{name}" for schedule in ("uniform", "linear", "highway_top") for name in criteria}
     assert {arm.name for arm in plan.arms} == crossed | {"dense_small", "shorter_context", "dense"}

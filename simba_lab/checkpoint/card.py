@@ -56,6 +56,8 @@ def _about_model(model: LanguageModel, folder: Path) -> Iterator[tuple[str, str]
 
 def _about_training(run: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     data, trainer, environment = config["data"]["init_args"], config["trainer"], run["environment"]
+    if config["model"].get("weights"):
+        yield "started from", f"`{config['model']['weights']}`"
     yield "trained on", f"`{data['source']}`"
     if data.get("recall_share"):
         yield "woven into it", f"{100 * data['recall_share']:g} % recall material (`simba_lab.data.recall_text`)"
