@@ -206,13 +206,14 @@ def test_every_kernel_is_checked_then_timed() -> None:
     # What a time limit would cut short is not lost: the result so far is handed on after every op.
     assert len(kept) == len(TINY_SUITE) and kept[-1] == result
     assert [len(so_far["lines"]) for so_far in kept] == sorted(len(so_far["lines"]) for so_far in kept)
-    assert result["exit_code"] == 0 and len(result["checks"]) == 26
+    assert result["exit_code"] == 0 and len(result["checks"]) == 30
     assert all(record["error"] <= record["allowed"] for record in result["checks"])
     names = [line["what"].split(",")[0] for line in result["lines"]]
     assert names == [
         *2 * ["selective scan"], *2 * ["causal conv"], *2 * ["conv of true neighbours"],
         *2 * ["residual add + RMS norm"], "global impact (max)", "global impact (absmax)", "global impact (gated)",
         "select 11 of 2 x 13 tokens", "keep 11 tokens of both streams",
+        *2 * ["norm of 11 kept tokens"],
     ]  # fmt: skip
     assert all(line["ours"] > 0 and line["fraction"] > 0 for line in result["lines"])
     assert [line["target"]["value"] for line in result["lines"][:2]] == [2.0, 1.5]

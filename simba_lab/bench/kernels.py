@@ -39,6 +39,7 @@ SUITE: dict[str, Entry] = {
     "impact-gated": (partial(ops.impact, reduce="gated"), _WIDE[:1]),
     "select": (ops.select, _WIDE),
     "keep": (ops.keep, _STREAMS[2:]),
+    "keep-norm": (ops.keep_norm, _STREAMS[2:]),
 }
 # All gradients of all channels at once, in every dtype: more than an fp64 oracle can hold at full size.
 ODD = Size(2, 301, 1000)

@@ -287,6 +287,31 @@ def keep(backend: Backend, size: Size, device: torch.device) -> Subject:
     )
 
 
+def keep_norm(backend: Backend, size: Size, device: torch.device) -> Subject:
+    """Residual add and RMS norm of nine tenths of the tokens, read where they lie, beside gathering them first."""
+    kept, shared = keep(backend, size, device), norm(backend, size, device)
+    count = max(1, 9 * size.length // 10)
+
+    def call(op: Callable[..., Outputs], t: Tensors) -> Outputs:
+        return op(t["hidden"], t["residual"], t["chosen"], size.length, t["weight"], _EPS)
+
+    def apart(t: Tensors) -> Outputs:
+        streams = backend.keep_tokens(t["hidden"], t["residual"], t["chosen"], size.length)
+        return backend.add_rms_norm(*streams, t["weight"], _EPS)
+
+    cells = size.batch * count * size.channels
+    return replace(
+        shared,
+        what=f"norm of {count} kept tokens, {size}",
+        draw=lambda generator: kept.draw(generator) | {"weight": shared.draw(generator)["weight"]},
+        ours=lambda t: call(backend.keep_add_rms_norm, t),
+        oracle=lambda t: call(reference.keep_add_rms_norm, t),
+        forward=Work(cells * 2 * (size.dtype.itemsize + 4), flops=5 * cells),
+        backward=Work(cells * (size.dtype.itemsize + 8) + size.cells * (size.dtype.itemsize + 4), flops=10 * cells),
+        peer=Peer("ours in two kernels", call=apart),
+    )
+
+
 def _channels_second(tensors: Tensors) -> Tensors:
     """Activations as (batch, channel, length), contiguous, which is what the peers' fast kernels want."""
     return {n: t.transpose(1, 2).contiguous() if t.dim() == 3 else t for n, t in tensors.items()}
