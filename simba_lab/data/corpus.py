@@ -24,7 +24,7 @@ from simba_lab.data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
 from simba_lab.errors import InputError
 
 # Part of every cache key: raise it when the same settings would give other shards.
-FORMAT = 2
+FORMAT = 3
 TOKENIZER_TEXT = 25_000_000
 
 
@@ -42,6 +42,7 @@ class CorpusSettings:
     vocab_size: int = 4096
     recall_share: float = 0.0
     recall_reach: int = 8000
+    recall_drills: float = 0.0
 
     @property
     def sources(self) -> dict[str, str]:
@@ -154,7 +155,8 @@ def _woven(document: Document, settings: CorpusSettings) -> Document:
     """Recall material in one document, decided by its name, so that no other document changes it."""
     key = hashlib.sha256(document.name.encode()).digest()
     generator = np.random.default_rng(int.from_bytes(key))
-    return Document(document.name, weave(document.text, settings.recall_share, settings.recall_reach, generator))
+    how = (settings.recall_share, settings.recall_reach, generator, settings.recall_drills)
+    return Document(document.name, weave(document.text, *how))
 
 
 def _tokenizer_texts(documents: Sequence[Document]) -> Iterator[str]:

@@ -86,7 +86,7 @@ def _fact(key: str, word: str, form: Form) -> Fact:
     return Fact(f"{question} {word}{end}", question, f" {word}", end)
 
 
-def weave(text: str, share: float, reach: int, generator: np.random.Generator) -> str:
+def weave(text: str, share: float, reach: int, generator: np.random.Generator, drills: float = 0.0) -> str:
     """``text`` with recall material between its paragraphs.
 
     A third of what is woven in, by count, are single facts, a third lists of eight pairs, both stated once and
@@ -99,12 +99,16 @@ def weave(text: str, share: float, reach: int, generator: np.random.Generator) -
         share: Of the characters returned, those woven in; approximately, in [0, 1).
         reach: Characters back at most.
         generator: Decides everything.
+        drills: Of the facts and lists, those asked for at once: a model that starts from nothing learns recall over
+            some tokens long before it learns it over hundreds.
     """
     places = np.array([match.end() for match in re.finditer(r"\n\s*\n", text)], dtype=np.int64)
     wanted = share / (1 - share) * len(text)
     events = []
     while wanted > 0 and (spot := _two_places(places, reach, generator)):
         kind = KINDS[generator.integers(len(KINDS))]
+        if drills and kind in FORMS and generator.random() < drills:
+            spot = (spot[0], spot[0])
         events.append((*spot, kind))
         wanted -= _USUAL_SIZE[kind]
     return "".join(_joined(text, sorted(_pieces(text, sorted(events), generator), key=lambda piece: piece[0])))

@@ -83,6 +83,7 @@ class SearchConfig:
         split: windows it is judged on; never those of the comparison.
         windows: how many of them.
         objective: face of quality that is minimised.
+        convolution: as of an arm.
         lowest: smallest share of its predecessor that a height may have.
         seed: of the sampler.
     """
@@ -93,6 +94,7 @@ class SearchConfig:
     split: Literal["validation", "train"] = "validation"
     windows: int = 200
     objective: Literal["quality", "quality_far"] = "quality"
+    convolution: Literal["compacted", "adjacent"] = "compacted"
     lowest: float = 0.1
     seed: int = 0
 

@@ -38,7 +38,8 @@ def check_search(config: SweepConfig, base: Experiment, budget: Budget) -> None:
 def _arm_at(drops: Sequence[float], config: SweepConfig, base: Experiment, budget: Budget) -> PrunedArm:
     """The curve with these ratios between its heights, bent to cost the budget."""
     schedule = {"class_path": "knots", "init_args": {"values": curve_values(drops)}}
-    pruning = PruningPlan(CRITERIA.build(config.search.criterion), build_schedule(schedule))
+    criterion, convolution = CRITERIA.build(config.search.criterion), config.search.convolution
+    pruning = PruningPlan(criterion, build_schedule(schedule), convolution=convolution)
     return solve(PrunedArm(ARM_NAME, base.model.config, config.n_context, config.n_suffix, pruning), budget).arm
 
 
