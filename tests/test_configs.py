@@ -170,6 +170,19 @@ def test_a_sweep_plans_every_arm_within_its_tolerance(path: Path, monkeypatch: p
     assert {"smaller_dense", "shorter_context"} <= {arm.kind for arm in plan.arms}
 
 
+def test_the_default_ablation_compares_the_paper_s_setting_with_every_control(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(ROOT / "sweeps" / "hierarchy_ablation.yaml", monkeypatch)
+    names = {arm.name for arm in plan.arms}
+    criteria = ("global_impact", "local_delta", "norm", "random", "recency")
+    assert names >= {"dense_4m", "shorter_context", "dense"} | {f"linear:{criterion}" for criterion in criteria}
+    assert names >= {f"{schedule}:global_impact" for schedule in ("uniform", "highway_top")} | {"uniform:random"}
+    assert sum(arm.plan is not None and arm.plan.convolution == "adjacent" for arm in plan.arms) == 3
+    assert plan.arms[0].name == "dense_4m" and plan.budget.reference == "the arm dense_4m"
+    # Two cores do about 0.17 TFLOPs a second: within ten minutes, with as much again to spare.
+    windows = read_sweep(ROOT / "sweeps" / "hierarchy_ablation.yaml").windows
+    assert windows >= 250 and sum(arm.arm.flops for arm in plan.arms) * windows < 50e12
+
+
 def test_the_ablation_from_nothing_crosses_schedules_with_criteria(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(ROOT / "sweeps" / "from_nothing.yaml", monkeypatch)
     criteria = ["global_impact", "local_delta", "norm", "random", "random(seed=1)", "random(seed=2)", "recency"]
