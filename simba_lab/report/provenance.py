@@ -12,6 +12,8 @@ from simba_lab.report.markup import block, data_block, download, escape, facts, 
 from simba_lab.report.results import Arm, Results
 from simba_lab.report.wording import inert
 
+INSTALLING = ("pip install -r requirements.lock -e .", "pip install --no-deps -r requirements-data.lock")
+
 
 def provenance(comparison: Comparison) -> str:
     """Commands, definitions, versions, and the configuration of the sweep, of its trainings and of every arm."""
@@ -38,7 +40,7 @@ def reproduction(comparison: Comparison) -> str:
     """Shell lines from a checkout of the code to this page."""
     results = comparison.results
     folder = (results["config"].get("folder") or f"runs/sweeps/{results['name']}") if results["config"] else ""
-    lines = [*_checkout(results["environment"].get("commit")), "pip install -r requirements.lock -e ."]
+    lines = [*_checkout(results["environment"].get("commit")), *INSTALLING]
     lines += [_command(run["command"]) for run in comparison.trainings.values() if run.get("command")]
     lines += [_command(results["command"]), f"simba-lab report {shlex.quote(inert(folder))}"]
     return "\n".join(lines)
