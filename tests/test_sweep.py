@@ -150,7 +150,6 @@ def test_a_value_of_the_file_is_overruled_where_it_stands(lab: tiny.Lab, tmp_pat
         ([{"kind": "shorter_context", "schedule": ["linear"]}], "a shorter_context arm takes no criterion"),
         ([{"kind": "dense", "convolution": "adjacent"}], "protect_recent or convolution"),
         ([{"kind": "smaller_dense"}], "smaller_dense needs experiment"),
-        ([{"kind": "shorter_context", "experiment": "small.yaml"}], "only smaller_dense takes an experiment"),
         ([{"schedule": "linear", "criterion": "norm", "name": "first"}], "first must set final_keep"),
         ([{"kind": "dense"}], "no arm is called 'first'"),
     ],
