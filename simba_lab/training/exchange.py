@@ -1,7 +1,7 @@
 """Gradients averaged among processes after the backward pass instead of, as ``ddp`` does it, during it.
 
-A captured backward pass is one launch: nothing can be sent on the way. Where GPUs are linked that should not cost much: the
-gradients of 130 million weights are 0.5 GB, beside a step of 120 ms.
+A captured backward pass is one launch: nothing can be sent on the way. Where GPUs are linked that should not cost much:
+the gradients of 130 million weights are 0.5 GB, beside a step of 120 ms.
 """
 
 from __future__ import annotations
