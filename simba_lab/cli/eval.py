@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   simba-lab eval --checkpoint state-spaces/mamba-130m --source 'books/*.jsonl.bz2' --dtype bf16
   simba-lab eval --checkpoint runs/base --tasks paper6 --arms dense,linear:global_impact@0.55,linear:recency@0.55
   simba-lab eval --checkpoint runs/base --tasks simba_lab_hellaswag,my_tasks/quiz.yaml --limit all
+  simba-lab eval --checkpoint experiments/shipped/7m --tasks paper6 --line-width 70     (its books break lines at 70)
   simba-lab eval --compare runs/eval/base/results.json runs/eval/other/results.json
 Arms of different FLOPs stand side by side here; `simba-lab sweep` compares them at one budget. The same command with
 --tasks goes on where it was interrupted. --compare pairs the arms that both files name alike or, if there are none,
@@ -26,7 +27,7 @@ ARMS = ["dense", "linear:global_impact@0.55"]
 REQUIRED = "give --checkpoint MODEL, or --compare with two result files"
 # Options of one kind of evaluation, with their defaults: refused beside another kind, where they would do nothing.
 WINDOW_OPTIONS = {"source": None, "split": "test", "windows": 200, "n_context": 960, "n_suffix": 64, "reach": None}
-TASK_OPTIONS = {"limit": "300", "out": None}
+TASK_OPTIONS = {"limit": "300", "line_width": 0, "out": None}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +65,9 @@ def _configure_tasks(group: argparse._ArgumentGroup) -> None:
         "YAML files, folders of tasks; apart by commas")  # fmt: skip
     group.add_argument("--limit", metavar="N", help="documents of each task, evenly spread; 0 or all takes every one "
         f"(default: {_default('limit')})")  # fmt: skip
+    group.add_argument("--line-width", type=int, metavar="N", help="paper6 and its tasks in lines of at most N "
+        "characters, as a model of books knows them; results go to widthN below their folder; 0, the default, as "
+        "published")  # fmt: skip
     group.add_argument("--out", type=Path, metavar="FOLDER", help="where results are kept (default: runs/eval/NAME of "
         "the checkpoint)")  # fmt: skip
     group.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="no evaluation: the paired "

@@ -22,10 +22,10 @@ def run_tasks(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate every arm on every task, keep the results on disk, print them side by side."""
     from simba_lab.evaluate.benchmarks.tasks import load_tasks
 
-    limit = read_limit(args.limit)
-    folder = args.out or HOME / checkpoint_name(args.checkpoint)
+    limit, line_width = read_limit(args.limit), args.line_width or None
+    folder = results_folder(args.out or HOME / checkpoint_name(args.checkpoint), line_width)
     arms = _arms(args, folder)
-    tasks = load_tasks([name for name in args.tasks.split(",") if name])
+    tasks = load_tasks([name for name in args.tasks.split(",") if name], line_width=line_width)
     from simba_lab.evaluate.benchmarks.arms import evaluate_tasks
 
     found = evaluate_tasks(arms, tasks, limit, ScoreStore(folder), lambda line: print(line, flush=True))
@@ -58,8 +58,9 @@ def _about(args: argparse.Namespace, config: Any, device: str) -> dict[str, Any]
     from simba_lab.kernels.cost import CONVENTION
 
     return {
-        "checkpoint": args.checkpoint, "limit": args.limit, "shape": asdict(config), "device": device,
-        "convention": CONVENTION, "command": environment.command_line(), "environment": environment.describe(),
+        "checkpoint": args.checkpoint, "limit": args.limit, "line_width": args.line_width or None,
+        "shape": asdict(config), "device": device, "convention": CONVENTION,
+        "command": environment.command_line(), "environment": environment.describe(),
     }  # fmt: skip
 
 
@@ -70,6 +71,11 @@ def read_limit(text: str) -> int | None:
     if not text.isdecimal():
         raise InputError(f"--limit must be a number of documents, or 0 or all for every one, got {text!r}")
     return int(text)
+
+
+def results_folder(folder: Path, line_width: int | None) -> Path:
+    """Results of another line width lie in a folder of their own below ``folder``, whoever named it."""
+    return folder if line_width is None else folder / f"width{line_width}"
 
 
 def checkpoint_name(checkpoint: str) -> str:

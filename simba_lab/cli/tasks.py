@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   simba-lab tasks build                                  (the paper's six benchmarks, in runs/tasks)
+  simba-lab tasks build --line-width 70                  (in lines of 70 characters, in runs/tasks/paper6_width70)
   simba-lab tasks build heldout --checkpoint runs/base
   simba-lab tasks build long-context --checkpoint runs/base --source 'books/*.jsonl.bz2' --lengths 512 2048 8192
   simba-lab tasks build recall --checkpoint runs/base --n-context 960 --reach 480
@@ -61,12 +62,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     ):
         _add_ends(actions.add_parser(name, help=summary, description=summary))
     samples = actions.choices["samples"]
+    _add_line_width(samples, 0)
     samples.add_argument("--limit", type=int, required=True, metavar="N", help="documents of each task, at most")
 
 
 def _configure_build(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="what", metavar="WHAT", title="what to build (paper6)")
     _add_ends(parser)
+    _add_line_width(parser, 0)
     for name, summary in WHAT.items():
         sub = kinds.add_parser(name, help=summary, description=f"Writes {summary}.")
         _add_ends(sub, inherited=True)
@@ -75,6 +78,7 @@ def _configure_build(parser: argparse.ArgumentParser) -> None:
             for option, (value, meaning) in NUMBERS[name].items():
                 _add_number(sub, option, value, meaning)
             _add_number(sub, "seed", 0, "decides what is chosen")
+    _add_line_width(kinds.choices[PAPER6], argparse.SUPPRESS)
     lengths = "tokens of context and suffix together (512 to 16384, doubling)"
     _add_list(kinds.choices["long-context"], "--lengths", lengths)
     recall = kinds.choices["recall"]
@@ -89,6 +93,12 @@ def _add_ends(parser: argparse.ArgumentParser, inherited: bool = False) -> None:
     parser.add_argument(
         "--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="write the result to FILE as JSON"
     )
+
+
+def _add_line_width(parser: argparse.ArgumentParser, default: Any) -> None:
+    """For the six alone: other tasks are made of a model's own text, whose lines are as it knows them."""
+    text = "paper6 in lines of at most N characters, tasks named _widthN (0, the default: as published)"
+    parser.add_argument("--line-width", type=int, default=default, metavar="N", help=text)
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
@@ -117,8 +127,10 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     from simba_lab.tasks import documents_of, ensure_paper6
 
     if args.what in (None, PAPER6):
-        folder = ensure_paper6(args.out)
+        folder = ensure_paper6(args.out, args.line_width or None)
         sizes = documents_of(folder)
+    elif args.line_width:
+        raise InputError(f"--line-width is for {PAPER6}; {args.what} is made of a text, whose lines stay as they are")
     else:
         folder = args.out / args.what
         sizes = _build_from_text(folder, args)
@@ -165,7 +177,7 @@ def _list(args: argparse.Namespace) -> dict[str, Any]:
 def _samples(args: argparse.Namespace) -> dict[str, Any]:
     from simba_lab.tasks import documents_of, ensure_paper6, even_samples
 
-    samples = even_samples(documents_of(ensure_paper6(args.out)), args.limit)
+    samples = even_samples(documents_of(ensure_paper6(args.out, args.line_width or None)), args.limit)
     print(json.dumps(samples))
     return {"samples": samples}
 

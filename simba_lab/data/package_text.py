@@ -38,11 +38,12 @@ def read_package_text(source: str, key: str) -> Iterator[Document]:
     name, _ = _wanted(source, key)
     for document in _TEXTS[name]():
         paragraphs = (paragraph for part in document.text.split("\n") if (paragraph := part.strip()))
-        yield Document(document.name, "\n\n".join(map(_lines, paragraphs)))
+        yield Document(document.name, "\n\n".join(map(wrap_line, paragraphs)))
 
 
-def _lines(paragraph: str) -> str:
-    return textwrap.fill(paragraph, WIDTH, break_long_words=False, break_on_hyphens=False)
+def wrap_line(line: str, width: int = WIDTH) -> str:
+    """A line without breaks as lines of at most ``width`` characters, broken at spaces; a longer word stays whole."""
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def package_identity(source: str, key: str) -> list[list[str | int]]:

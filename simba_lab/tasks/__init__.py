@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from simba_lab.tasks.benchmarks import PAPER6, Benchmark, find_benchmark
+from simba_lab.tasks.benchmarks import PAPER6, Benchmark, find_benchmark, in_width, stock_name
 from simba_lab.tasks.heldout import CONTINUATION, PERPLEXITY, build_heldout
 from simba_lab.tasks.long_context import LONG_CONTEXT, build_long_context
 from simba_lab.tasks.offline import (
@@ -33,6 +33,8 @@ __all__ = [
     "ensure_paper6",
     "even_samples",
     "find_benchmark",
+    "in_width",
     "offline_manager",
     "offline_twin",
+    "stock_name",
 ]

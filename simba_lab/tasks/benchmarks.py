@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,16 @@ class Benchmark:
         if len(found) != self.size:
             raise InputError(f"{self.name}: the data package holds {len(found)} documents, the benchmark {self.size}")
         return found
+
+
+def in_width(name: str, line_width: int | None) -> str:
+    """Name of a task or group of ours in lines of ``line_width`` characters; None leaves it as published."""
+    return name if line_width is None else f"{name}_width{line_width}"
+
+
+def stock_name(task: str) -> str:
+    """The harness's name of the task of which ``task`` may be our twin, in whatever line width."""
+    return re.sub(r"_width\d+$", "", task.removeprefix(PREFIX)) if task.startswith(PREFIX) else task
 
 
 def find_benchmark(name: str) -> Benchmark:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from simba_lab.data.package import NAME, installed_version
 from simba_lab.errors import InputError
 from simba_lab.files import write_json
-from simba_lab.tasks.benchmarks import PAPER6, Benchmark
-from simba_lab.tasks.task_files import write_documents, write_group, write_task
+from simba_lab.tasks.benchmarks import PAPER6, Benchmark, in_width
+from simba_lab.tasks.task_files import Function, write_documents, write_group, write_task
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -28,24 +28,31 @@ STAMP = "built.json"
 _FORMAT = 1
 
 
-def ensure_paper6(folder: Path = DEFAULT_FOLDER) -> Path:
+def ensure_paper6(folder: Path = DEFAULT_FOLDER, line_width: int | None = None) -> Path:
     """``folder/paper6`` with the six tasks and the group ``paper6``, built if it is missing or of other versions.
+
+    With a ``line_width`` the same benchmarks with their requests in lines of so many characters at most (see
+    :mod:`simba_lab.tasks.lines`): other tasks, whose names, and that of their folder, end in ``_width70``.
 
     Seconds to build, milliseconds to find. The result is what the harness takes as ``include_path``. A build goes to
     a folder of its own first, so that nobody ever reads a half-written one, also when several processes start.
 
-    Raises InputError if the data package is missing (with the command that installs it), or if there is a folder of
-    that name with something else in it.
+    Raises InputError if the data package is missing (with the command that installs it), if there is a folder of that
+    name with something else in it, or for a width below 1.
     """
-    home = (folder / GROUP).resolve()
+    if line_width is not None and line_width < 1:
+        raise InputError(f"line width: at least 1 character, got {line_width}")
+    group = in_width(GROUP, line_width)
+    home = (folder / group).resolve()
     version = _version(home)
     if home.exists() and not _stamp(home):
         raise InputError(f"{home} holds something else, no {STAMP}; move it away or choose another folder")
     if _stamp(home).get("version") != version:
-        partial = home.with_name(f".{GROUP}.{os.getpid()}.partial")
+        partial = home.with_name(f".{group}.{os.getpid()}.partial")
         try:
-            _write(partial, home)
-            write_json(partial / STAMP, {"version": version, "documents": {b.task: b.size for b in PAPER6}})
+            _write(partial, home, line_width)
+            sizes = {in_width(benchmark.task, line_width): benchmark.size for benchmark in PAPER6}
+            write_json(partial / STAMP, {"version": version, "documents": sizes})
             _replace(home, partial)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -103,14 +110,17 @@ def _spread(size: int, count: int) -> list[int]:
     return [(2 * index + 1) * size // (2 * count) for index in range(count)]
 
 
-def _write(folder: Path, home: Path) -> None:
+def _write(folder: Path, home: Path, line_width: int | None) -> None:
     """Write everything to ``folder``; the YAML files name their data as if they lay in ``home``."""
-    for benchmark in PAPER6:
-        file = f"{benchmark.task}.jsonl"
+    lines = {} if line_width is None else {"line_width": line_width}
+    maker = {"class": Function("simba_lab.tasks.wrapped_task.WrappedTask")} if lines else {}
+    names = [in_width(benchmark.task, line_width) for benchmark in PAPER6]
+    for name, benchmark in zip(names, PAPER6, strict=True):
+        file = f"{name}.jsonl"
         write_documents(folder / file, benchmark.documents())
-        write_task(folder, benchmark.task, _settings(benchmark), _note(benchmark), home / file, benchmark.split)
-    note = {"paper": "arXiv 2505.20698", "mean": "of the six tasks' acc, each counting the same"}
-    write_group(folder, GROUP, [benchmark.task for benchmark in PAPER6], ["acc"], note)
+        write_task(folder, name, _settings(benchmark) | maker, _note(benchmark) | lines, home / file, benchmark.split)
+    note = {"paper": "arXiv 2505.20698", "mean": "of the six tasks' acc, each counting the same"} | lines
+    write_group(folder, in_width(GROUP, line_width), names, ["acc"], note)
 
 
 def _settings(benchmark: Benchmark) -> dict[str, Any]:

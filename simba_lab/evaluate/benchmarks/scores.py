@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simba_lab.tasks.benchmarks import stock_name
+
 FloatArray = NDArray[np.float64]
 
 SHARE, NATS, NUMBER = "share", "nats", "number"
@@ -21,7 +23,6 @@ SHARE, NATS, NUMBER = "share", "nats", "number"
 
 # What published tables of the six benchmarks show; of any other task it is the first metric.
 _MAIN = {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "lambada_openai": "acc"}
-_TWIN_PREFIX = "simba_lab_"
 _SHARES = ("acc", "exact_match", "em")
 
 _Reading = tuple[str, Callable[[Any], tuple[float, float]]]
@@ -129,5 +130,5 @@ def read_metric(name: str, aggregation: str, higher_is_better: bool, scores: Seq
 
 def main_metric(task: str, names: Sequence[str]) -> str:
     """The metric of the main table: the customary one of a known benchmark, else the first."""
-    wanted = _MAIN.get(task.removeprefix(_TWIN_PREFIX))
+    wanted = _MAIN.get(stock_name(task))
     return wanted if wanted in names else names[0]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from simba_lab.errors import InputError
 from simba_lab.evaluate.benchmarks.run import without_bars
-from simba_lab.tasks import DEFAULT_FOLDER, PAPER6, ensure_paper6, offline_manager, offline_twin
+from simba_lab.tasks import DEFAULT_FOLDER, PAPER6, ensure_paper6, in_width, offline_manager, offline_twin
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -25,7 +25,10 @@ _YAML = (".yaml", ".yml")
 
 
 def load_tasks(
-    names: Sequence[str], folder: Path = DEFAULT_FOLDER, say: Callable[[str], None] = print
+    names: Sequence[str],
+    folder: Path = DEFAULT_FOLDER,
+    say: Callable[[str], None] = print,
+    line_width: int | None = None,
 ) -> dict[str, Task]:
     """The tasks of ``names`` in their order, groups unfolded.
 
@@ -34,13 +37,24 @@ def load_tasks(
             which are built if they are missing, then below ``folder``, then among the harness's own.
         folder: where ours are kept.
         say: told what takes long.
+        line_width: take the six in lines of so many characters at most; None as published.
 
-    Raises InputError for an unknown name, with near ones, and for a task whose documents cannot be had, with the one
-    that needs no network.
+    Raises InputError for an unknown name, with near ones, for a line width of a task that is not of the six, and for
+    a task whose documents cannot be had, with the one that needs no network.
     """
     _quiet_harness()
+    if line_width is not None:
+        names = _in_width(names, folder, line_width)
     with without_bars(unless=sys.stderr.isatty()):
         return _loaded(names, folder, say)
+
+
+def _in_width(names: Sequence[str], folder: Path, line_width: int) -> list[str]:
+    others = [name for name in names if name not in _BUILT]
+    if others:
+        raise InputError(f"--line-width: only {GROUP} and its tasks come in other line widths, not {others[0]}")
+    ensure_paper6(folder, line_width)
+    return [in_width(name, line_width) for name in names]
 
 
 def _loaded(names: Sequence[str], folder: Path, say: Callable[[str], None]) -> dict[str, Task]:
