@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from simba_lab.errors import InputError
 from simba_lab.evaluate.benchmarks.scores import main_metric
+from simba_lab.evaluate.benchmarks.tasks import load_tasks
 from simba_lab.tasks import PAPER6, ensure_paper6, even_samples, find_benchmark, in_width, offline, offline_manager
 from simba_lab.tasks.lines import wrap_request
 from simba_lab.tasks.task_files import write_documents, write_task
@@ -151,7 +152,6 @@ def test_results_name_the_width_and_are_not_compared_with_another(
 @pytest.mark.parametrize(
     ("command", "named"),
     [
-        (("eval", "--tasks", "piqa", "--line-width", "70"), "only paper6 and its tasks come in other line widths, not"),
         (("eval", "--tasks", "paper6", "--line-width", "-1"), "line width: at least 1 character, got -1"),
         (("eval", "--line-width", "70"), "--line-width means nothing beside an evaluation on windows"),
         (("tasks", "build", "--line-width", "-70"), "line width: at least 1 character, got -70"),
@@ -164,6 +164,17 @@ def test_mistakes_are_named(
     run = tiny.lab(tmp_path_factory.getbasetemp()).run
     more = ("--checkpoint", run, "--arms", "dense") if command[0] == "eval" else ()
     assert named in tiny.mistake(capsys, *command, *more)
+
+
+def test_a_file_is_refused_beside_another_width(folder: Path) -> None:
+    plain, wide = (str(folder / f"paper6{end}" / f"simba_lab_piqa{end}.yaml") for end in ("", "_width70"))
+    assert list(load_tasks([wide], folder, line_width=WIDTH)) == ["simba_lab_piqa_width70"]
+    with pytest.raises(InputError, match="simba_lab_piqa_width70 is in width 70, not as published"):
+        load_tasks([wide], folder)
+    with pytest.raises(InputError, match="simba_lab_piqa_width70 is in width 70, not in width 60"):
+        load_tasks([wide], folder, line_width=60)
+    with pytest.raises(InputError, match="simba_lab_piqa is as published, not in width 70; paper6 and its tasks come"):
+        load_tasks([plain], folder, line_width=WIDTH)
 
 
 def test_a_text_that_is_written_has_no_lines_to_break(tmp_path: Path) -> None:

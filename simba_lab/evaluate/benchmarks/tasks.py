@@ -39,22 +39,26 @@ def load_tasks(
         say: told what takes long.
         line_width: take the six in lines of so many characters at most; None as published.
 
-    Raises InputError for an unknown name, with near ones, for a line width of a task that is not of the six, and for
-    a task whose documents cannot be had, with the one that needs no network.
+    Raises InputError for an unknown name, with near ones, for a task whose documents cannot be had, with the one that
+    needs no network, and for one that is in other lines than asked for.
     """
     _quiet_harness()
-    if line_width is not None:
-        names = _in_width(names, folder, line_width)
+    if line_width is not None and any(name in _BUILT for name in names):
+        ensure_paper6(folder, line_width)
+        names = [in_width(name, line_width) if name in _BUILT else name for name in names]
     with without_bars(unless=sys.stderr.isatty()):
-        return _loaded(names, folder, say)
+        tasks = _loaded(names, folder, say)
+    for name, task in tasks.items():
+        _check_width(name, task, line_width)
+    return tasks
 
 
-def _in_width(names: Sequence[str], folder: Path, line_width: int) -> list[str]:
-    others = [name for name in names if name not in _BUILT]
-    if others:
-        raise InputError(f"--line-width: only {GROUP} and its tasks come in other line widths, not {others[0]}")
-    ensure_paper6(folder, line_width)
-    return [in_width(name, line_width) for name in names]
+def _check_width(name: str, task: Task, line_width: int | None) -> None:
+    """What is recorded and kept under a width must be in that width, by whatever name or file it came."""
+    found = (task.config.metadata or {}).get("line_width")
+    if found != line_width:
+        lines, wanted = ("as published" if width is None else f"in width {width}" for width in (found, line_width))
+        raise InputError(f"--line-width: {name} is {lines}, not {wanted}; {GROUP} and its tasks come in any width")
 
 
 def _loaded(names: Sequence[str], folder: Path, say: Callable[[str], None]) -> dict[str, Task]:
