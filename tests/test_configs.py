@@ -159,15 +159,19 @@ def plan_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepPlan:
 @pytest.mark.parametrize("path", SWEEPS, ids=by_name)
 def test_a_sweep_plans_every_arm_within_its_tolerance(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(path, monkeypatch)
-    assert plan.budget.tolerance == 0.005
+    tolerance = 0.016 if path.stem == "pair_512" else 0.005  # said in that file
+    assert plan.budget.tolerance == tolerance
     dense = next(arm for arm in plan.arms if arm.kind == "dense")
     assert plan.budget.flops < 0.9 * dense.arm.flops
     for arm in plan.arms:
         if arm.matched:
-            assert abs(arm.arm.flops / plan.budget.flops - 1) <= 0.005, arm.name
+            assert abs(arm.arm.flops / plan.budget.flops - 1) <= tolerance, arm.name
         if arm.kind == "pruned":
             assert arm.arm.keep_counts[-1] < arm.arm.n_context
-    assert {"smaller_dense", "shorter_context"} <= {arm.kind for arm in plan.arms}
+    kinds = {arm.kind for arm in plan.arms}
+    assert {"dense", "shorter_context"} <= kinds
+    # A budget between two models has no dense model of that cost.
+    assert "smaller_dense" in kinds or plan.budget.reference.endswith("% of the arm dense")
 
 
 def test_the_default_ablation_compares_the_paper_s_setting_with_every_control(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,14 +195,21 @@ def test_the_ablation_from_nothing_crosses_schedules_with_criteria(monkeypatch: 
     assert plan.arms[0].name == "dense_small" and plan.budget.reference == "the arm dense_small"
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=by_name)
+ALIKE = ("choice_12m", "claim_12m", "pair", "pair_512", "shorter", "tuned36", "curve")
+"""Sweeps that differ from another in what was planned alone: they are planned above, not run here."""
+
+
+@pytest.mark.parametrize("path", [path for path in SWEEPS if path.stem not in ALIKE], ids=by_name)
 def test_a_sweep_runs_on_tiny_experiments(
     path: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file as it is, but for sizes, on experiments of the same names."""
     lab = tiny.lab(tmp_path_factory.getbasetemp())
-    smaller = {arm["experiment"] for arm in read(path)["arms"] if arm.get("kind") == "smaller_dense"}
-    for name, twin in {read(path)["experiment"]: "base", **dict.fromkeys(smaller, "small")}.items():
+    twins = {read(path)["experiment"]: "base"}
+    for arm in read(path)["arms"]:
+        if "experiment" in arm:
+            twins[arm["experiment"]] = "small" if arm.get("kind") == "smaller_dense" else "base"
+    for name, twin in twins.items():
         target = tmp_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((lab.folder / f"{twin}.yaml").read_bytes())
@@ -206,6 +217,8 @@ def test_a_sweep_runs_on_tiny_experiments(
     sizes = {"windows": 3, "n_context": 96, "n_suffix": 16, "budget.tolerance": 0.02, "statistics.resamples": 100}
     if "search" in read(path):
         sizes |= {"search.windows": 3, "search.trials": 2}
+    if "recall" in read(path):
+        sizes["recall.distance"] = 20
     overrides = [part for key, value in sizes.items() for part in ("--set", f"{key}={value}")]
     assert tiny.simba_lab("sweep", "--config", path, *overrides) == 0
     folder = tmp_path / "runs" / "sweeps" / path.stem
