@@ -64,6 +64,7 @@ def test_an_experiment_runs_two_steps(path: Path, tmp_path: Path, tmp_path_facto
         given |= {"data.source": lab.text, "data.vocab_size": 300, "data.length": 40, "data.cache_dir": lab.cache}
         # The ladder's books are not part of the project, and a CPU trains in fp32.
         given |= {"data.validation_source": "null", "data.test_source": "null", "trainer.precision": "32-true"}
+        given["data.tokenizer"] = "bpe"
     else:
         given |= {"data.train_examples": 128, "data.validation_examples": 4}
     if read(path)["model"]["model"].get("layer") == "mamba2":

@@ -32,7 +32,7 @@ def test_the_table_is_the_loss_of_each_cut_above_dense(
 
     def loss(model: LanguageModel) -> float:
         nll = score_windows(model, windows, 3).nll
-        return (plain_face(nll) if reach is None else far_face(nll, windows, reach)).mean
+        return (plain_face(nll, windows) if reach is None else far_face(nll, windows, reach)).mean
 
     assert found.dense == loss(dense)
     assert found.rise.shape == found.low.shape == found.high.shape == (2, 2)
