@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -448,3 +449,27 @@ def test_what_is_missing_is_trained_first(lab: tiny.Lab, tmp_path: Path, capfd: 
     assert "run folder:" in capfd.readouterr().out
     run(config)
     assert "run folder:" not in capfd.readouterr().out
+
+
+def test_a_full_disk_is_no_lost_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a database says that cannot grow is told at once; one that does not answer is asked again."""
+    from sqlalchemy.exc import OperationalError
+
+    from simba_lab.sweep.study import patiently
+
+    def full() -> None:
+        raise OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full"))
+
+    monkeypatch.setattr("simba_lab.sweep.study.time.sleep", lambda seconds: pytest.fail("waited for a full disk"))
+    with pytest.raises(OperationalError, match="full"):
+        patiently(full)
+    asked = []
+    monkeypatch.setattr("simba_lab.sweep.study.time.sleep", asked.append)
+    answers = iter([OperationalError("SELECT", {}, sqlite3.OperationalError("database is locked")), None])
+
+    def locked_once() -> str:
+        if (answer := next(answers)) is not None:
+            raise answer
+        return "here"
+
+    assert patiently(locked_once) == "here" and asked == [0.5]

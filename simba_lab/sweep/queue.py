@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from simba_lab.errors import InputError
+from simba_lab.files import refused_write
 from simba_lab.sweep.study import PATIENCE, RETRIES, lost_connection, patiently
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Queue:
                 if left == "others":
                     stop.wait(self.poll)
             except (*lost_connection(), ValueError) as error:
-                if isinstance(error, ValueError) and "number" not in told:
+                if (isinstance(error, ValueError) and "number" not in told) or refused_write(error) is not None:
                     raise
                 unheard = unheard or time.monotonic()
                 if time.monotonic() - unheard > PATIENCE:

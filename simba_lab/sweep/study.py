@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from simba_lab.environment import without_passwords
 from simba_lab.errors import InputError
+from simba_lab.files import refused_write
 
 if TYPE_CHECKING:
     import optuna
@@ -94,12 +95,17 @@ def lost_connection() -> tuple[type[Exception], ...]:
 
 
 def patiently(call: Callable[[], T], seconds: float = PATIENCE) -> T:
-    """``call()``, again until the database answers. Raises InputError if that takes longer than ``seconds``."""
+    """``call()``, again until the database answers. Raises InputError if that takes longer than ``seconds``.
+
+    A disk that takes no more is no lost connection: that is raised at once.
+    """
     deadline = time.monotonic() + seconds
     while True:
         try:
             return call()
         except lost_connection() as error:
+            if refused_write(error) is not None:
+                raise
             if time.monotonic() > deadline:
                 raise InputError(f"--storage: the database has not answered for {seconds:.0f} s") from error
             time.sleep(0.5)
