@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +139,17 @@ def test_an_arm_may_bring_its_own_weights(lab: tiny.Lab, tmp_path: Path) -> None
 
 
 def test_weights_with_another_tokenizer_are_refused(lab: tiny.Lab, tmp_path: Path) -> None:
-    import shutil
-
     other = lab.experiment(tmp_path / "other.yaml", {"model.model.d_model": 18})
     shutil.copytree(lab.folder / "runs" / "small", tmp_path / "runs" / "other")
     config = tmp_path / "runs" / "other" / "config.yaml"
     config.write_text(config.read_text().replace(str(lab.folder / "runs" / "small"), str(tmp_path / "runs" / "other")))
     tokenizer = tmp_path / "runs" / "other" / "tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text() + " ")
+    written = json.loads(tokenizer.read_text())
     arms = [{"kind": "smaller_dense", "name": "small", "experiment": str(other)}, {"kind": "dense"}]
+    tokenizer.write_text(json.dumps(written, indent=4))
+    run_sweep("written_otherwise", lab.sweep_config(tmp_path / "alike.yaml", {"arms": arms, "windows": 4}))
+    written["model"]["merges"].pop()
+    tokenizer.write_text(json.dumps(written))
     with pytest.raises(InputError, match=r"other\.yaml was trained with another tokenizer than .*base\.yaml"):
         run_sweep("other", lab.sweep_config(tmp_path / "tokens.yaml", {"arms": arms, "windows": 4}))
 

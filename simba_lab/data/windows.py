@@ -66,6 +66,11 @@ class EvalWindows:
     scored: np.ndarray | None = None
 
     @property
+    def counted(self) -> np.ndarray:
+        """(W, n_suffix) bool, the suffix tokens that quality is measured on."""
+        return np.ones_like(self.last_occurrence, dtype=bool) if self.scored is None else self.scored
+
+    @property
     def n_suffix(self) -> int:
         return self.tokens.shape[1] - self.n_context
 

@@ -21,8 +21,6 @@ from simba_lab.kernels.cost import Ledger, recording
 from simba_lab.model import LanguageModel
 from simba_lab.training.guard import FiniteWatch
 
-NOT_COUNTED = -2
-
 
 @dataclass(frozen=True)
 class WindowScores:
@@ -105,16 +103,15 @@ class Face:
 
 def plain_face(nll: NDArray[np.float32], windows: EvalWindows) -> Face:
     """All suffix tokens that count."""
-    return _face(nll, np.ones(nll.shape, bool), windows)
+    return _face(nll, windows.counted)
 
 
 def far_face(nll: NDArray[np.float32], windows: EvalWindows, reach: int) -> Face:
     """Suffix tokens whose last occurrence lies before the newest ``reach`` context tokens (design page, section 5)."""
-    return _face(nll, is_far(windows.last_occurrence, windows.n_context, reach), windows)
+    return _face(nll, windows.counted & is_far(windows.last_occurrence, windows.n_context, reach))
 
 
-def _face(nll: NDArray[np.float32], chosen: NDArray[np.bool_], windows: EvalWindows) -> Face:
-    counted = chosen if windows.scored is None else chosen & windows.scored
+def _face(nll: NDArray[np.float32], counted: NDArray[np.bool_]) -> Face:
     return Face((nll * counted).sum(1, dtype=np.float64), counted.sum(1).astype(np.float64))
 
 
@@ -126,11 +123,9 @@ def answered(nll: NDArray[np.float32], windows: EvalWindows) -> float:
 def by_distance(nll: NDArray[np.float32], windows: EvalWindows, edges: Sequence[int]) -> list[dict[str, Any]]:
     """Tokens and mean NLL by evidence distance; low and high are both None for tokens never seen before."""
     groups = evidence_groups(windows.last_occurrence, windows.n_context, edges)
-    if windows.scored is not None:
-        groups = np.where(windows.scored, groups, NOT_COUNTED)
     table = []
     for group, (low, high) in [*enumerate(group_bounds(edges)), (-1, (None, None))]:
-        chosen = nll[groups == group]
+        chosen = nll[windows.counted & (groups == group)]
         mean = float(chosen.mean(dtype=np.float64)) if chosen.size else None
         table.append({"low": low, "high": high, "tokens": int(chosen.size), "nll": mean})
     return table

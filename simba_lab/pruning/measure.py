@@ -24,10 +24,19 @@ _FREE = frozenset(
     "new_empty _to_copy to copy_ lift_fresh gather index index_select flip unbind contiguous scalar_tensor".split()
 )
 
+
+def _conv(x: Tensor, weight: Tensor, *_: Any) -> int:
+    return cost.causal_conv(x.shape[0] * x.shape[1], *weight.shape)
+
+
+def _scan(x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, *_: Any) -> int:
+    return cost.selective_scan(x.shape[0] * x.shape[1], *A.shape)
+
+
 # Our own ops cost inside a user's criterion what they cost outside; arguments as in simba_lab.kernels.cpu and gpu.
 _OURS: dict[str, Callable[..., int]] = {
-    "causal_conv": lambda x, weight, *_: cost.causal_conv(x.shape[0] * x.shape[1], *weight.shape),
-    "selective_scan": lambda x, dt, dt_bias, A, *_: cost.selective_scan(x.shape[0] * x.shape[1], *A.shape),
+    "causal_conv": _conv,
+    "selective_scan": _scan,
     "global_impact": lambda x, dt, dt_bias, A, B, C, gate, reduce, gated: cost.global_impact(
         x.shape[0] * x.shape[1], *A.shape, gated, reduce
     ),
@@ -35,8 +44,8 @@ _OURS: dict[str, Callable[..., int]] = {
     "ssd_impact": lambda x, delta, A, B, C, gate, reduce, gated: cost.ssd_impact(
         x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], x.shape[2], B.shape[2], B.shape[3], gated, reduce
     ),
-    "causal_conv_triton": lambda x, weight, *_: cost.causal_conv(x.shape[0] * x.shape[1], *weight.shape),
-    "selective_scan_triton": lambda x, dt, dt_bias, A, *_: cost.selective_scan(x.shape[0] * x.shape[1], *A.shape),
+    "causal_conv_triton": _conv,
+    "selective_scan_triton": _scan,
     "global_impact_triton": lambda x, dt, dt_bias, A, B, C, gate, reduce, series: cost.global_impact(
         x.shape[0] * x.shape[1], *A.shape, gate is not None, reduce
     ),

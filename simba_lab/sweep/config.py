@@ -14,6 +14,7 @@ from simba_lab.training.mistakes import read_yaml
 
 OneSpec = str | dict[str, Any]
 Specs = OneSpec | list[OneSpec]
+Convolution = Literal["compacted", "adjacent"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class ArmConfig:
     criterion: Specs | None = None
     schedule: Specs | None = None
     protect_recent: float = 0.0
-    convolution: Literal["compacted", "adjacent"] = "compacted"
+    convolution: Convolution = "compacted"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class SearchConfig:
     split: Literal["validation", "train"] = "validation"
     windows: int = 200
     objective: Literal["quality", "quality_far"] = "quality"
-    convolution: Literal["compacted", "adjacent"] = "compacted"
+    convolution: Convolution = "compacted"
     lowest: float = 0.1
     seed: int = 0
 

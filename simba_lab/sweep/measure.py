@@ -18,6 +18,7 @@ from simba_lab.sweep.plan import PlannedArm, SweepPlan, model_of
 from simba_lab.sweep.progress import SweepProgress
 from simba_lab.sweep.store import ArmStore, StoredArm, digest
 from simba_lab.training import Experiment
+from simba_lab.training.experiment import same_tokens
 
 
 class Measurement:
@@ -51,7 +52,7 @@ class Measurement:
     def _refuse_other_tokens(self, experiment: Experiment) -> None:
         """All arms read the windows of the base's tokenizer."""
         ours, theirs = (tokenizer_beside(folder) for folder in (self.base.folder, experiment.folder))
-        if ours and theirs and ours.read_bytes() != theirs.read_bytes():
+        if ours and theirs and not same_tokens(ours, theirs):
             raise InputError(f"arms: {experiment.path} was trained with another tokenizer than {self.base.path}")
 
     def fingerprint(self, arm: PlannedArm) -> str:

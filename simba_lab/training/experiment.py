@@ -93,11 +93,12 @@ def _check_finished(folder: Path, path: Path) -> None:
 def _check_tokenizer(data: TextData, folder: Path, path: Path) -> None:
     """Token ids must mean to the data what they mean to the run."""
     given, own = Path(data.settings.tokenizer), folder / TOKENIZER_FILE
-    if own.is_file() and not (given.is_file() and _same_tokens(given, own)):
+    if own.is_file() and not (given.is_file() and same_tokens(given, own)):
         raise InputError(f"{path}: data.tokenizer: {given} is not what {folder} was trained with; give {own}")
 
 
-def _same_tokens(given: Path, own: Path) -> bool:
+def same_tokens(given: Path, own: Path) -> bool:
+    """Whether two tokenizer files encode every text alike, however they are written."""
     return Tokenizer.load(given).fingerprint() == Tokenizer.load(own).fingerprint()
 
 
