@@ -6,6 +6,7 @@ the text to measure it on (then nothing can train it).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,25 +28,28 @@ TRAINED = "trained"
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment file describes, built but not trained."""
+    """What an experiment file describes, built but not trained; ``parser`` knows the defaults of its keys."""
 
     path: Path
     folder: Path
     model: LanguageModel
     data: LightningDataModule
     resolved: dict[str, Any]
+    parser: Parser
 
     def is_trained(self) -> bool:
         """Whether the run folder holds the finished run of just this experiment.
 
-        Raises InputError if it holds the run of another one.
+        A key that the run's config lacks, since no release knew it then, stands for its default. Raises InputError if
+        the folder holds the run of another experiment.
         """
         if TRAINED in self.resolved:
             return True
         record, config = self.folder / RUN_FILE, self.folder / CONFIG_FILE
         if not (record.is_file() and config.is_file()):
             return False
-        differing = _difference(read_yaml(config, "experiment"), self.resolved)
+        saved = _completed(read_yaml(config, "experiment"), self.resolved, self.parser)
+        differing = _difference(saved, self.resolved)
         if differing:
             raise InputError(
                 f"{self.folder} holds a run with another {differing} than {self.path}; "
@@ -62,7 +66,8 @@ def read_experiment(path: Path) -> Experiment:
         return _read_trained(Path(path))
     cli = run_cli(["--config", str(path)], run=False)
     resolved = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
-    return Experiment(Path(path), Path(cli.trainer.default_root_dir), cli.model.lm, cli.datamodule, resolved)
+    folder = Path(cli.trainer.default_root_dir)
+    return Experiment(Path(path), folder, cli.model.lm, cli.datamodule, resolved, cli.parser)
 
 
 def _read_trained(path: Path) -> Experiment:
@@ -78,7 +83,7 @@ def _read_trained(path: Path) -> Experiment:
     _check_finished(folder, path)
     if isinstance(data, TextData):
         _check_tokenizer(data, folder, path)
-    return Experiment(path, folder, load(folder), data, resolved)
+    return Experiment(path, folder, load(folder), data, resolved, parser)
 
 
 def _check_finished(folder: Path, path: Path) -> None:
@@ -100,6 +105,35 @@ def _check_tokenizer(data: TextData, folder: Path, path: Path) -> None:
 def same_tokens(given: Path, own: Path) -> bool:
     """Whether two tokenizer files encode every text alike, however they are written."""
     return Tokenizer.load(given).fingerprint() == Tokenizer.load(own).fingerprint()
+
+
+def _completed(saved: dict[str, Any], wanted: dict[str, Any], parser: Parser) -> dict[str, Any]:
+    """``saved`` with the default of every key that ``wanted`` has and it has not.
+
+    What the defaults are, the parser says of ``wanted`` without those keys; where it cannot do without them, none is.
+    """
+    known = _without_missing(wanted, saved)
+    if known == wanted:
+        return saved
+    try:
+        defaults = yaml.safe_load(parser.dump(parser.parse_object(known), skip_none=False))
+    except InputError:
+        return saved
+    return _filled(saved, defaults)
+
+
+def _without_missing(values: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """``values`` without the keys, at any depth, that ``other`` lacks."""
+    return {key: _inside(_without_missing, value, other[key]) for key, value in values.items() if key in other}
+
+
+def _filled(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with those keys of ``defaults``, at any depth, that it lacks."""
+    return defaults | {key: _inside(_filled, value, defaults.get(key)) for key, value in values.items()}
+
+
+def _inside(change: Callable[[dict, dict], dict], value: Any, other: Any) -> Any:
+    return change(value, other) if isinstance(value, dict) and isinstance(other, dict) else value
 
 
 def _difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:
