@@ -87,9 +87,13 @@ def test_the_seed_and_the_document_decide_the_facts(plain: EvalWindows, data: Te
     ("how", "message"),
     [
         ({"distance": 390}, "recall.distance: 390 tokens"),
-        ({"distance": -1}, "distance must be at least 0"),
+        ({"distance": 0, "facts": 54}, r"recall.distance: 0 tokens, \d+ planted .* lower it or recall.facts, or raise"),
+        ({"distance": -1}, "recall.distance: -1 must be at least 0"),
         ({"distance": 10, "form": "riddle"}, "recall.form: no 'riddle'"),
-        ({"distance": 10, "form": "passage", "facts": 2}, "facts 1 where a passage"),
+        ({"distance": 10, "facts": 0}, "recall.facts: 0 of the form 'sentence' must lie in 1..54"),
+        ({"distance": 10, "facts": 82, "form": "pair"}, "recall.facts: 82 of the form 'pair' must lie in 1..81"),
+        ({"distance": 10, "form": "passage", "facts": 2}, "recall.facts: 2 of the form 'passage' must lie in 1..1"),
+        ({"distance": 10, "seed": -1}, "recall.seed: -1 must be at least 0"),
         ({"distance": 350, "form": "passage"}, "do not fit into 400 tokens"),
     ],
 )

@@ -22,7 +22,7 @@ from simba_lab.evaluate import windows as window_scoring
 from simba_lab.pruning import KeepSchedule
 from simba_lab.sweep import SweepConfig, read_sweep, run_sweep
 from simba_lab.sweep.plan import SweepPlan, make_plan
-from simba_lab.sweep.study import open_study
+from simba_lab.sweep.study import open_study, sampler
 from simba_lab.training import read_experiment
 from simba_lab.training.folder import only_one
 
@@ -449,6 +449,13 @@ def test_what_is_missing_is_trained_first(lab: tiny.Lab, tmp_path: Path, capfd: 
     assert "run folder:" in capfd.readouterr().out
     run(config)
     assert "run folder:" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("seed", [0, 10**6, 10**12])
+def test_a_search_may_have_any_seed(seed: int) -> None:
+    """Optuna's own must fit into 32 bits."""
+    study = optuna.create_study(sampler=sampler(seed, 3))
+    assert 0 <= study.ask().suggest_float("height", 0, 1) <= 1
 
 
 def test_a_full_disk_is_no_lost_connection(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from simba_lab.data.evidence import find_last_occurrence
-from simba_lab.data.recall_text import FORMS, draw_facts
+from simba_lab.data.recall_text import KEYS, NAMES, draw_facts
 from simba_lab.data.tokenizer import Tokenizer
 from simba_lab.data.windows import EvalWindows
 from simba_lab.errors import InputError
 
 GAP = "\n\n"
 PASSAGE, CUE = 64, 16
+MOST_FACTS = {"sentence": len(NAMES), "pair": len(KEYS), "passage": 1}
 
 
 def plant(
@@ -36,15 +37,12 @@ def plant(
         distance: tokens between what is planted and the question.
         form: ``sentence`` and ``pair`` as `simba_lab.data.recall_text.draw_facts` makes them; ``passage``: 64 tokens of
             the text itself come back, the first 16 as the question, the others as the answer.
-        facts: facts planted side by side, one of which is asked for; 1 for a passage.
+        facts: facts planted side by side, one of which is asked for; 1 for a passage, else at most one for each key.
         seed: decides facts and questions, window by window.
 
-    Raises InputError for an unknown form, a number out of range, or a context too short for the distance.
+    Raises InputError, naming the key, for an unknown form, a number out of range, or windows too short.
     """
-    if form not in (*FORMS, "passage"):
-        raise InputError(f"recall.form: no {form!r}; it is one of {', '.join(FORMS)}, passage")
-    if distance < 0 or (form == "passage" and facts != 1):
-        raise InputError("recall: distance must be at least 0, and facts 1 where a passage comes back")
+    _check(distance, form, facts, seed)
     tokens = windows.tokens.numpy().copy()
     scored = np.zeros((len(tokens), windows.n_suffix), bool)
     for row, (window, document) in enumerate(zip(tokens, windows.document.tolist(), strict=True)):
@@ -55,11 +53,13 @@ def plant(
         else:
             planted, asked, answer, end = _fact(tokenizer, generator, form, facts)
         room = len(context) - len(planted) - len(asked) - distance
-        if room < 0 or len(answer) > len(suffix):
+        if room < 0:
             raise InputError(
                 f"recall.distance: {distance} tokens, {len(planted)} planted and {len(asked)} of a question do not fit "
-                f"into n_context {len(context)}, or an answer of {len(answer)} into n_suffix {len(suffix)}"
+                f"into n_context {len(context)}; lower it{' or recall.facts' * (facts > 1)}, or raise n_context"
             )
+        if len(answer) > len(suffix):
+            raise InputError(f"n_suffix: {len(suffix)} tokens have no room for an answer of {len(answer)}; raise it")
         text = context[len(planted) + len(asked) :]
         pieces = (text[:room], planted, text[room:], asked, answer, end, suffix)
         window[:] = np.concatenate([np.asarray(piece, np.int64) for piece in pieces])[: len(window)]
@@ -67,6 +67,16 @@ def plant(
     last = find_last_occurrence(tokens, windows.n_context)
     n_bytes = tokenizer.token_bytes()[tokens[:, windows.n_context :]].sum(axis=1)
     return replace(windows, tokens=torch.from_numpy(tokens), last_occurrence=last, n_bytes=n_bytes, scored=scored)
+
+
+def _check(distance: int, form: str, facts: int, seed: int) -> None:
+    if form not in MOST_FACTS:
+        raise InputError(f"recall.form: no {form!r}; it is one of {', '.join(MOST_FACTS)}")
+    if not 1 <= facts <= MOST_FACTS[form]:
+        raise InputError(f"recall.facts: {facts} of the form {form!r} must lie in 1..{MOST_FACTS[form]}")
+    if distance < 0 or seed < 0:
+        key, value = ("distance", distance) if distance < 0 else ("seed", seed)
+        raise InputError(f"recall.{key}: {value} must be at least 0")
 
 
 def _fact(tokenizer: Tokenizer, generator: np.random.Generator, form: str, count: int) -> Iterator[list[int]]:

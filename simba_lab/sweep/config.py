@@ -106,6 +106,8 @@ class SearchConfig:
                 raise InputError(f"search.{key} must be at least 1, got {getattr(self, key)}")
         if not 0 < self.lowest <= 1:
             raise InputError(f"search.lowest must lie in (0, 1], got {self.lowest}")
+        if self.seed < 0:
+            raise InputError(f"search.seed must be at least 0, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,8 @@ class SweepConfig:
             self.search.check()
         if not 0 < self.statistics.confidence < 1 or self.statistics.resamples < 100:
             raise InputError("statistics: confidence must lie in (0, 1), resamples be at least 100")
+        if self.statistics.seed < 0:
+            raise InputError(f"statistics.seed must be at least 0, got {self.statistics.seed}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

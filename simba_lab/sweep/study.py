@@ -205,7 +205,8 @@ def sampler(seed: int, number: int, several: bool = False) -> optuna.samplers.TP
     """Of trial ``number``; with ``several`` at once it keeps away from those that are running."""
     from optuna.samplers import TPESampler
 
-    return TPESampler(seed=seed * 100_003 + number, multivariate=True, n_startup_trials=8, constant_liar=several)
+    own = (seed * 100_003 + number) % 2**32
+    return TPESampler(seed=own, multivariate=True, n_startup_trials=8, constant_liar=several)
 
 
 def trial_rows(study: optuna.Study) -> list[dict[str, Any]]:
