@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from soak import Counted, counting, summary
 
 settings.register_profile("same-examples-every-run", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("same-examples-every-run")
@@ -33,6 +34,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What a soak counted stands at its end, part by part."""
+    if lines := summary(config):
+        terminalreporter.section("soak")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def counted(request: pytest.FixtureRequest) -> Counted:
+    return counting(request.config)
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,12 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fuzzing import MEMORY, SCALARS, SECONDS, Judge
+from fuzzing import MEMORY, SCALARS, SECONDS, Judge, Tally, peak_memory
 
 Parser = tuple[str, Callable[[Path], Any]]
 """Name of the file in which it gets its input, and what it does with the file."""
@@ -90,6 +91,8 @@ PARSERS: dict[str, Parser] = {
     "safetensors": ("model.safetensors", _safetensors), "shard_index": ("index.json", _shard_index),
     "sweep": ("sweep.yaml", _sweep),
 }  # fmt: skip
+SAID = (r"^Done (\d+) runs", r"^slowest so far: ([\d.]+) s", r"^peak so far: (\d+) bytes")
+"""What a run says about itself, the first in libFuzzer's words."""
 WHERE = {"model_spec": "run/model.json"}
 
 
@@ -121,14 +124,14 @@ def _dictionary(sound: bytes) -> str:
     return "".join(f'"{word}"\n' for word in escaped)
 
 
-def run_guided(name: str, runs: int, seeds: Path, work: Path) -> int:
-    """Executions, in a process of its own; AssertionError with what the judge said if an input failed."""
+def run_guided(name: str, runs: int, seeds: Path, work: Path) -> Tally:
+    """Inputs that were tried, in a process of its own; AssertionError with what the judge said if one failed."""
     command = [sys.executable, __file__, name, str(runs), str(seeds), str(work)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     child = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
-    done = re.search(r"^Done (\d+) runs", child.stderr, re.MULTILINE)
-    assert child.returncode == 0 and done, child.stderr[-2000:]
-    return int(done[1])
+    assert child.returncode == 0, child.stderr[-2000:]
+    runs, seconds, memory = (re.findall(pattern, child.stderr, re.MULTILINE)[-1] for pattern in SAID)
+    return Tally(int(runs), float(seconds), int(memory))
 
 
 def main(name: str, runs: str, seeds: str, work: str) -> None:
@@ -146,10 +149,17 @@ def main(name: str, runs: str, seeds: str, work: str) -> None:
         parse(folder / file)
     (corpus / "sound").write_bytes(sound)
     (Path(work) / "words").write_text(_dictionary(sound), encoding="utf-8")
+    slowest, peak = 0.0, 0
 
     def one(content: bytes) -> None:
+        nonlocal slowest, peak
         (folder / file).write_bytes(content)
+        began = time.process_time()
         verdict = judge.verdict(quiet(parse, folder / file))
+        took, held = time.process_time() - began, peak_memory()
+        if took > slowest or held > peak:
+            slowest, peak = max(took, slowest), held
+            print(f"slowest so far: {slowest:.4f} s\npeak so far: {peak} bytes", file=sys.stderr, flush=True)
         if verdict:
             raise AssertionError(" in ".join(verdict))
 

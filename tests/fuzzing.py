@@ -18,7 +18,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -115,6 +117,47 @@ class Failure:
     what: str
     where: str
 
+    @property
+    def kind(self) -> str:
+        """``files outside``, ``hangs``, ``out of memory``, or ``tracebacks`` for everything else."""
+        starts = {"escape": "files outside", "Hang": "hangs", "no end": "hangs", "MemoryError": "out of memory"}
+        return next((kind for start, kind in starts.items() if self.what.startswith(start)), "tracebacks")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many cases were run, and the worst of them.
+
+    Args:
+        cases: that were run.
+        seconds: of processor time that the slowest took.
+        memory: most bytes that a process of cases held, the program itself included.
+        failures: of the cases that failed.
+    """
+
+    cases: int
+    seconds: float = 0.0
+    memory: int = 0
+    failures: tuple[Failure, ...] = ()
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.cases + other.cases, max(self.seconds, other.seconds), max(self.memory, other.memory),
+            self.failures + other.failures,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        kinds = Counter(failure.kind for failure in self.failures)
+        bad = ", ".join(f"{kinds[kind]} {kind}" for kind in ("tracebacks", "hangs", "out of memory", "files outside"))
+        return f"{self.cases:,} cases: {bad}; slowest {self.seconds:.2f} s, peak memory {self.memory / 2**20:.0f} MiB"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Tally:
+        return cls(**values | {"failures": tuple(Failure(**failure) for failure in values["failures"])})
+
 
 class Judge:
     """Runs cases and notes what they must not do; files may change below ``folder`` only."""
@@ -197,11 +240,11 @@ def _frames(error: BaseException) -> str:
     return " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in [*frames[-1:], *ours[::-1][:3]])
 
 
-def run_here(name: str, seed: int, first: int, count: int, seeds: Path, work: Path) -> tuple[int, list[Failure]]:
-    """Cases of one target in this process: how many were run, and those that failed."""
+def run_here(name: str, seed: int, first: int, count: int, seeds: Path, work: Path) -> Tally:
+    """Cases of one target in this process."""
     from fuzz_targets import TARGETS
 
-    target, judge, failures = TARGETS[name](seeds), Judge(work), []
+    target, judge, failures, slowest = TARGETS[name](seeds), Judge(work), [], 0.0
     for number in range(first, first + count):
         (work.parent / f"{work.name}.current").write_text(str(number))
         shutil.rmtree(work, ignore_errors=True)
@@ -211,10 +254,17 @@ def run_here(name: str, seed: int, first: int, count: int, seeds: Path, work: Pa
         case = target(random.Random(f"{name}/{seed}/{number}"), folder)
         if number == first:
             _limit_memory()
+        began = time.process_time()
         verdict = judge.verdict(case)
+        slowest = max(slowest, time.process_time() - began)
         if verdict:
             failures.append(Failure(name, number, *verdict))
-    return count, failures
+    return Tally(count, slowest, peak_memory(), tuple(failures))
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most. What ``getrusage`` says begins with the peak of whoever started it."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 
 
 def _limit_memory() -> None:
@@ -223,9 +273,9 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def run_apart(name: str, seed: int, first: int, count: int, seeds: Path, work: Path) -> tuple[int, list[Failure]]:
+def run_apart(name: str, seed: int, first: int, count: int, seeds: Path, work: Path) -> Tally:
     """The same in a process with limits; where that dies, the case in which it did has failed and the rest go on."""
-    done, failures, end = 0, [], first + count
+    done, end = Tally(0), first + count
     while first < end:
         command = [sys.executable, __file__, name, str(seed), str(first), str(end - first), str(seeds), str(work)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
@@ -238,18 +288,16 @@ def run_apart(name: str, seed: int, first: int, count: int, seeds: Path, work: P
         except subprocess.TimeoutExpired:
             ended, where = "no end", ""
         if not ended:
-            ran, found = json.loads(said[-1])
-            return done + ran, failures + [Failure(**item) for item in found]
+            return done + Tally.from_dict(json.loads(said[-1]))
         number = int((work.parent / f"{work.name}.current").read_text())
-        failures.append(Failure(name, number, ended, where))
-        done, first = done + number + 1 - first, number + 1
-    return done, failures
+        done += Tally(number + 1 - first, failures=(Failure(name, number, ended, where),))
+        first = number + 1
+    return done
 
 
 def main(arguments: Sequence[str]) -> None:
     name, seed, first, count, seeds, work = arguments
-    ran, failures = run_here(name, int(seed), int(first), int(count), Path(seeds), Path(work))
-    print(json.dumps([ran, [asdict(failure) for failure in failures]]))
+    print(json.dumps(run_here(name, int(seed), int(first), int(count), Path(seeds), Path(work)).to_dict()))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ that atheris grows along the branches of the parsers.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,9 +18,10 @@ import pytest
 import tiny
 from fuzz_guided import PARSERS, run_guided
 from fuzz_targets import TARGETS, make_seeds
-from fuzzing import Failure, Judge, run_apart, run_here
+from fuzzing import SECONDS, Failure, Judge, Tally, peak_memory, run_apart, run_here
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from soak import Counted
 
 from simba_lab.checkpoint.spec import read_spec
 from simba_lab.errors import InputError
@@ -47,15 +49,6 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_seeds(tiny.lab(tmp_path_factory.getbasetemp()), tmp_path_factory.mktemp("fuzz") / "seeds")
 
 
-@pytest.fixture(scope="module")
-def counts() -> Iterator[Counter[str]]:
-    """Cases run, by the kind of generator; their sums are printed at the end of a soak."""
-    ran: Counter[str] = Counter()
-    yield ran
-    for kind, cases in ran.items():
-        print(f"\nfuzz, {kind}: {cases:,} cases in all")
-
-
 class Book:
     """Remembers what passed until a source changes, so that a soak that was interrupted goes on where it was."""
 
@@ -65,14 +58,14 @@ class Book:
             total.update(path.read_bytes())
         self._cache, self._prefix = cache, f"fuzz/{total.hexdigest()[:16]}"
 
-    def run(self, name: str, cases: Callable[[], tuple[int, Sequence[Failure]]]) -> tuple[int, Sequence[Failure]]:
-        """How many cases were run, now or before, and those that failed, which are not remembered."""
-        ran, failures = self._cache.get(f"{self._prefix}/{name}", 0), ()
-        if not ran:
-            ran, failures = cases()
-            if not failures:
-                self._cache.set(f"{self._prefix}/{name}", ran)
-        return ran, failures
+    def run(self, name: str, cases: Callable[[], Tally]) -> Tally:
+        """What was run, now or before; failures are not remembered."""
+        if remembered := self._cache.get(f"{self._prefix}/{name}", None):
+            return Tally.from_dict(remembered)
+        tally = cases()
+        if not tally.failures:
+            self._cache.set(f"{self._prefix}/{name}", tally.to_dict())
+        return tally
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +73,8 @@ def book(request: pytest.FixtureRequest) -> Book:
     return Book(request.config.cache)
 
 
-def told(failures: Sequence[Failure]) -> str:
-    return "\n".join(f"{f.target} {f.number}: {f.what} [{f.where}]" for f in failures[:20])
+def told(tally: Tally) -> str:
+    return "\n".join(f"{f.target} {f.number}: {f.what} [{f.where}]" for f in tally.failures[:20])
 
 
 def test_every_target_has_its_share_of_the_soak() -> None:
@@ -90,34 +83,34 @@ def test_every_target_has_its_share_of_the_soak() -> None:
 
 def test_spoilt_files_end_in_one_line(seeds: Path, tmp_path: Path) -> None:
     """Under the limits, in a process of their own."""
-    ran, failures = run_apart("mixed", 0, 0, SHORT, seeds, tmp_path / "mixed")
-    assert ran == SHORT and not failures, told(failures)
+    tally = run_apart("mixed", 0, 0, SHORT, seeds, tmp_path / "mixed")
+    assert tally.cases == SHORT and not tally.failures, told(tally)
+    assert 0 < tally.seconds < SECONDS and 1 << 26 < tally.memory < 1 << 31
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", SOAK)
-def test_soak(seeds: Path, tmp_path: Path, name: str, counts: Counter[str], book: Book) -> None:
-    def part(first: int) -> tuple[int, Sequence[Failure]]:
+def test_soak(seeds: Path, tmp_path: Path, name: str, counted: Counted, book: Book) -> None:
+    def part(first: int) -> Tally:
         return run_apart(name, 0, first, AT_ONCE, seeds, tmp_path / str(first))
 
     starts = range(0, SOAK[name], AT_ONCE)
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as pool:
-        parts = list(pool.map(lambda first: book.run(f"{name}-{first}", lambda: part(first)), starts))
-    ran, failures = sum(ran for ran, _ in parts), [failure for _, found in parts for failure in found]
-    counts["spoilt"] += ran
-    print(f"\nfuzz, spoilt {name}: {ran:,} cases, {len(failures)} failed", told(failures), flush=True)
-    assert ran >= SOAK[name] and not failures, told(failures)
+        tally = sum(pool.map(lambda first: book.run(f"{name}-{first}", lambda: part(first)), starts), Tally(0))
+    counted("fuzz, spoilt", tally)
+    print(f"\nfuzz, spoilt {name}: {tally}", told(tally), flush=True)
+    assert tally.cases >= SOAK[name] and not tally.failures, told(tally)
 
 
 @pytest.mark.soak
 @pytest.mark.skipif(find_spec("atheris") is None, reason="atheris is not installed: pip install -e '.[fuzz]' (Linux)")
 @pytest.mark.parametrize("name", PARSERS)
-def test_guided_soak(seeds: Path, tmp_path: Path, name: str, counts: Counter[str], book: Book) -> None:
+def test_guided_soak(seeds: Path, tmp_path: Path, name: str, counted: Counted, book: Book) -> None:
     """Inputs that atheris grows along the branches of a parser that they reach."""
-    ran, _ = book.run(f"guided-{name}", lambda: (run_guided(name, GUIDED_RUNS, seeds, tmp_path), ()))
-    counts["guided by coverage"] += ran
-    print(f"\nfuzz, guided {name}: {ran:,} executions, none failed", flush=True)
-    assert ran >= GUIDED_RUNS
+    tally = book.run(f"guided-{name}", lambda: run_guided(name, GUIDED_RUNS, seeds, tmp_path))
+    counted("fuzz, guided by coverage", tally)
+    print(f"\nfuzz, guided {name}: {tally}", flush=True)
+    assert tally.cases >= GUIDED_RUNS
 
 
 def judged(folder: Path, case: object) -> str | None:
@@ -146,6 +139,16 @@ def test_the_judge_sees_what_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert judged(inside, lambda: 1) == "exit code 1"
     assert judged(inside, lambda: print("a\nb", file=__import__("sys").stderr) or 2) == "2 lines for exit code 2"
     assert judged(inside, endless).startswith("Hang")
+
+
+def test_a_tally_names_what_went_wrong() -> None:
+    said = ["escape: open /etc", "Hang: more than 5.0 s", "no end", "MemoryError: ", "KeyError: 1", "exit code 1"]
+    failures = tuple(Failure("sweep", number, what, "") for number, what in enumerate(said))
+    tally = Tally(1500, 0.25, 3 << 20, failures[:2]) + Tally(2, 0.5, 1 << 20, failures[2:])
+    assert str(tally) == (
+        "1,502 cases: 2 tracebacks, 2 hangs, 1 out of memory, 1 files outside; slowest 0.50 s, peak memory 3 MiB"
+    )
+    assert Tally.from_dict(json.loads(json.dumps(tally.to_dict()))) == tally
 
 
 def test_memory_is_limited(tmp_path: Path, seeds: Path) -> None:
@@ -214,10 +217,10 @@ PROPERTIES = {
 }
 
 
-def explored(name: str, examples: int) -> int:
-    """Holds a property against what hypothesis makes up; how many cases that were."""
+def explored(name: str, examples: int) -> Tally:
+    """Holds a property against what hypothesis makes up, in this process."""
     check, made_up = PROPERTIES[name]
-    cases = 0
+    seconds: list[float] = []
 
     @settings(
         max_examples=examples, deadline=5000, database=None,
@@ -225,23 +228,22 @@ def explored(name: str, examples: int) -> int:
     )  # fmt: skip
     @given(made_up)
     def judge(made: Any) -> None:
-        nonlocal cases
-        cases += 1
+        began = time.process_time()
         check(made)
+        seconds.append(time.process_time() - began)
 
     judge()
-    return cases
+    return Tally(len(seconds), max(seconds), peak_memory())
 
 
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_what_hypothesis_makes_up_is_read_or_refused(name: str) -> None:
-    assert explored(name, MADE_UP) >= MADE_UP
+    assert explored(name, MADE_UP).cases >= MADE_UP
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", PROPERTIES)
-def test_made_up_soak(name: str, counts: Counter[str]) -> None:
-    cases = explored(name, MADE_UP_IN_SOAK)
-    counts["made up by hypothesis"] += cases
-    print(f"\nfuzz, made up {name}: {cases:,} cases, none failed")
-    assert cases >= MADE_UP_IN_SOAK
+def test_made_up_soak(name: str, counted: Counted) -> None:
+    tally = explored(name, MADE_UP_IN_SOAK)
+    counted("fuzz, made up by hypothesis", tally)
+    assert tally.cases >= MADE_UP_IN_SOAK

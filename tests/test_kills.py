@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import postgres
 import pytest
 import tiny
 from processes import Command, assert_no_leftovers, assert_same_fit, assert_whole, comparable, trained
+from soak import Counted
 
 from simba_lab.training.folder import only_one
 
@@ -77,22 +79,22 @@ class Storm:
 
     def __init__(self, start: Callable[[], Command], watched: Path, seed: int, longest: float) -> None:
         self.start, self.watched, self.rng, self.longest = start, watched, random.Random(seed), longest
-        self.counts = {"command": 0, "descendant": 0, "finished": 0}
+        self.counts: Counter[str] = Counter()
 
     def kill(self, kills: int, descendants: bool, renew: Callable[[], None]) -> None:
         """``renew`` is called when the command finished before the kills were used up: everything begins anew."""
-        while self.counts["command"] + self.counts["descendant"] < kills:
+        while self.counts.total() < kills:
             command = self.start()
             self._pass(command, self.longest)
             if command.process.poll() is not None:
                 assert command.process.returncode == 0 or "workers died of it" in command.said(), command.said()
-                self.counts["finished"] += 1
                 renew()
                 continue
             if descendants and self.rng.random() < 0.5 and command.kill_descendant(self.rng):
-                self.counts["descendant"] += 1
+                self.counts["workers"] += 1
                 self._pass(command, 5.0)
-            self.counts["command"] += command.process.poll() is None
+            if command.process.poll() is None:
+                self.counts["commands"] += 1
             command.kill()
             assert_whole(self.watched)
 
@@ -189,9 +191,7 @@ def test_a_fit_killed_behind_its_last_step_is_completed(
 
 
 @pytest.mark.slow
-def test_sigterm_ends_a_sweep_with_zero_and_it_continues(
-    lab: tiny.Lab, swept: dict[str, Any], tmp_path: Path
-) -> None:
+def test_sigterm_ends_a_sweep_with_zero_and_it_continues(lab: tiny.Lab, swept: dict[str, Any], tmp_path: Path) -> None:
     """While its experiments are being trained: both fits save."""
     made = untrained(lab, tmp_path)
     file = made.sweep(tmp_path / "term.yaml")
@@ -283,25 +283,25 @@ def test_a_clock_that_jumps_back_changes_nothing(lab: tiny.Lab, swept: dict[str,
 
 @pytest.mark.soak
 def test_a_sweep_and_its_training_survive_thirty_kills(
-    lab: tiny.Lab, swept: dict[str, Any], tmp_path: Path
+    lab: tiny.Lab, swept: dict[str, Any], tmp_path: Path, counted: Counted
 ) -> None:
     storm, folder = sweep_storm(untrained(lab, tmp_path), tmp_path, 30, longest=60.0)
+    counted("a sweep and its training", storm.counts)
     assert comparable(folder) == swept
     assert_no_leftovers(tmp_path)
-    print(f"\nsweep: {storm.counts}")
 
 
 @pytest.mark.soak
-def test_a_fit_survives_twenty_kills(lab: tiny.Lab, fitted: dict[str, Any], tmp_path: Path) -> None:
+def test_a_fit_survives_twenty_kills(lab: tiny.Lab, fitted: dict[str, Any], tmp_path: Path, counted: Counted) -> None:
     storm, run = fit_storm(lab, tmp_path, 20, longest=25.0)
+    counted("a fit", storm.counts)
     assert_same_fit(run, fitted, kills=20)
     assert_no_leftovers(run)
-    print(f"\nfit: {storm.counts}")
 
 
 @pytest.mark.soak
 def test_a_shared_study_survives_kills_and_cut_connections(
-    lab: tiny.Lab, swept: dict[str, Any], tmp_path: Path
+    lab: tiny.Lab, swept: dict[str, Any], tmp_path: Path, counted: Counted
 ) -> None:
     """Two hosts on one database; ten times a host, one of its workers or every connection is killed."""
     server = postgres.server()
@@ -312,21 +312,23 @@ def test_a_shared_study_survives_kills_and_cut_connections(
         arguments = ("--workers", "2", "--storage", url, "--heartbeat", "1")
         return Command("sweep", "--config", file, *arguments, log=log.with_suffix(f".{index}"))
 
-    hosts, counts = [start(0), start(1)], {"host": 0, "worker": 0, "connections": 0}
-    while sum(counts.values()) < 10:
+    hosts, kinds, counts = [start(0), start(1)], ("all connections", "hosts", "workers"), Counter()
+    while counts.total() < 10:
         time.sleep(rng.uniform(0, 12))
-        index, what = rng.randrange(2), rng.choice(sorted(counts))
-        if what == "connections":
+        index, what = rng.randrange(2), rng.choice(kinds)
+        lived = hosts[index].process.poll() is None
+        if what == "all connections":
             server.cut_connections("storm")
-        elif what == "worker":
-            hosts[index].kill_descendant(rng)
+        elif what == "workers":
+            lived = hosts[index].kill_descendant(rng)
         else:
             hosts[index].kill()
+        if hosts[index].process.poll() is not None:
             hosts[index] = start(index)
-        counts[what] += 1
+        counts[what] += lived
     for index in range(2):
         hosts[index].wait()
         finish(lambda index=index: start(index))
     server.stop()
+    counted("a study on PostgreSQL that two hosts share", counts)
     assert comparable(tmp_path / "shared") == swept
-    print(f"\nshared study: {counts}")
