@@ -146,6 +146,10 @@ def run(
         places = [*positions, *range(n_context, len(tokens))] if adjacent else None
         signals = MIXERS[config.layer](weights, prefix + "mixer.", config, normed, places)
         stream = stream + signals["out"]
+        if config.d_intermediate:
+            normed = rms_norm(stream, weights[prefix + "norm2.weight"], config.norm_eps)
+            value, gate = (normed @ weights[prefix + "mlp.fc1.weight"].T).chunk(2, dim=-1)
+            stream = stream + (value * silu(gate)) @ weights[prefix + "mlp.fc2.weight"].T
         if layer + 1 < config.n_layer:
             present = len(positions)
             context = {name: value[:present] for name, value in signals.items() if name != "A"}

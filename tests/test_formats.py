@@ -288,7 +288,8 @@ def refusal(path: str | Path, **options: Any) -> str:
     [
         ({"attn_layer_idx": [1]}, "attn_layer_idx [1] is not supported"),
         ({"attn_cfg": {"num_heads": 2}}, 'attn_cfg {"num_heads": 2} is not supported'),
-        ({"d_intermediate": 32}, "d_intermediate 32 is not supported; 0 or null is"),
+        ({"d_intermediate": -1}, "model.d_intermediate must be an integer of at least 0, got -1"),
+        ({"d_intermediate": "wide"}, "model.d_intermediate must be an integer of at least 0, got 'wide'"),
         ({"rms_norm": False}, "rms_norm false is not supported; true is"),
         ({"ssm_cfg": {"layer": "Mamba3"}}, 'ssm_cfg.layer "Mamba3" is not supported; "Mamba1" or "Mamba2" is'),
         ({"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}}, "ssm_cfg.norm_before_gate true is not supported"),

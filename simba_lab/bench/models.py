@@ -26,8 +26,7 @@ def ours(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: in
                 model.lm_head.weight.normal_(std=0.02, generator=generator)
             model.backbone.norm_f.weight.fill_(1.0)
             for block in model.backbone.layers:
-                block.norm.weight.fill_(1.0)
-                block.mixer.initialise(config, generator)
+                block.initialise(config, generator)
     return model.to(dtype)
 
 

@@ -185,6 +185,6 @@ def _entry(scope: str, op: str, layer_of: Mapping[int, int]) -> tuple[int, str]:
         return OUTSIDE, "head"
     if match := re.fullmatch(r"scores\.(\d+)", scope):
         return int(match[1]), "score"
-    if match := re.fullmatch(r"model\.backbone\.layers\.(\d+)\.mixer(?:\.(\w+))?", scope):
+    if match := re.fullmatch(r"model\.backbone\.layers\.(\d+)\.(?:mixer|mlp)(?:\.(\w+))?", scope):
         return int(match[1]), match[2] or op
     raise UncountedOperation(f"{op} ran in {scope or 'the model'}, where the closed form has no entry for it")

@@ -36,6 +36,8 @@ _BY_CONVENTION = "rms_norm silu softplus add exp neg nan_to_num div"
 
 _INTEGER_ONLY = "__and__ __lshift__ __or__ __rshift__ __xor__ eq floor_divide ge gt le lt mul remainder sub sum"
 
+_MLP = ".mlp"
+"""End of the scope in which a product is the gate of an MLP, part of its activation: free like a mixer's gate."""
 _FLOATING = {"Half", "BFloat16", "Float", "Double", "ComplexFloat", "ComplexDouble"}
 
 _NORMS = {"simba_lab::add_rms_norm", "simba_lab::gated_rms_norm"}
@@ -114,8 +116,10 @@ def _sort(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
 
 
 def _integer_only(inputs: list[Any], outputs: list[Any]) -> float:
+    node = outputs[0].node()
+    if node.kind() == "aten::mul" and node.scopeName().endswith(_MLP):
+        return 0
     if any(map(_is_floating, [*inputs, *outputs])):
-        node = outputs[0].node()
         raise UncountedOperation(uncounted(f"{node.kind()} on floating-point numbers", node.scopeName()))
     return 0
 

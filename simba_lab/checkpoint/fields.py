@@ -59,10 +59,9 @@ class Fields:
 
 
 def refuse_hybrids(fields: Fields) -> None:
-    """Attention and MLP layers between the Mamba ones, layer norm: not half-loaded."""
+    """Attention layers between the Mamba ones, layer norm: not half-loaded."""
     fields.only("attn_layer_idx", [], None)
     fields.only("attn_cfg", {}, None)
-    fields.only("d_intermediate", 0, None)
     fields.only("rms_norm", True)
 
 

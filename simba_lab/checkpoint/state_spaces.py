@@ -51,6 +51,8 @@ def _config(top: Fields) -> tuple[ModelConfig, bool]:
     keys = _SIZES + _STEPS + _FLAGS + (_ONLY_MAMBA2 if layer == "mamba2" else ())
     options = {key: ssm.take(key, _DEFAULTS[key]) for key in keys}
     options |= {key: top.take(key) for key in ("d_model", "n_layer", "vocab_size")}
+    mlp = top.take("d_intermediate", None)
+    options["d_intermediate"] = 0 if mlp is None else mlp
     options["tie_embeddings"] = top.take("tie_embeddings", True)
     options["pad_vocab_size_multiple"] = top.take("pad_vocab_size_multiple", _PADDING)
     rank = ssm.take("dt_rank", "auto") if layer == "mamba1" else "auto"
@@ -88,7 +90,7 @@ def config_values(config: ModelConfig) -> dict[str, Any]:
             ssm[key] = getattr(config, key)
     return {
         "d_model": config.d_model,
-        "d_intermediate": 0,
+        "d_intermediate": config.d_intermediate,
         "n_layer": config.n_layer,
         "vocab_size": config.vocab_size,
         "ssm_cfg": ssm,

@@ -95,7 +95,12 @@ def _unpadded(config: ModelConfig, fields: Fields) -> ModelConfig:
 
 
 def config_values(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of a shape whose weights are of ``dtype``."""
+    """The config.json of a shape whose weights are of ``dtype``. Raises InputError for what it cannot say."""
+    if config.d_intermediate:
+        raise InputError(
+            f"model.d_intermediate {config.d_intermediate} has no place in the format transformers, whose layers have "
+            "no MLP; use state-spaces or run"
+        )
     first = config.layer == "mamba1"
     values: dict[str, Any] = {"architectures": [_CLASSES[config.layer]], MARK: "mamba" if first else "mamba2"}
     values |= {key: getattr(config, ours) for ours, (key, *_) in _OPTIONS.items()}

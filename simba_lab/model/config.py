@@ -13,11 +13,12 @@ from simba_lab.errors import InputError
 D_STATE = {"mamba1": 16, "mamba2": 128}
 """Generations of the layer, and the states per inner channel that each is published with."""
 _ONLY_MAMBA2 = ("headdim", "ngroups", "chunk_size")
+_MLP_STEP = 128
 _WIDEST = 2**20
 _LARGEST = {
     "d_model": _WIDEST, "n_layer": 1024, "vocab_size": 2**24, "d_state": 2**16, "d_conv": 1024, "expand": 64,
     "pad_vocab_size_multiple": _WIDEST, "dt_rank": _WIDEST, "headdim": _WIDEST, "ngroups": _WIDEST,
-    "chunk_size": _WIDEST,
+    "chunk_size": _WIDEST, "d_intermediate": _WIDEST,
 }  # fmt: skip
 """Far beyond any model, but the numbers of their weights still fit 64 bits, and a layer is made in milliseconds."""
 
@@ -46,6 +47,7 @@ class ModelConfig:
         chunk_size: tokens that a kernel may treat at once; results depend on it by rounding alone. Only ``mamba2``.
         bias: give the projections into and out of the mixer (``in_proj``, ``out_proj``) a bias each.
         conv_bias: give the causal convolution a bias.
+        d_intermediate: channels of a gated MLP behind every mixer, rounded up to a multiple of 128; 0 is no MLP.
     """
 
     d_model: int
@@ -67,6 +69,7 @@ class ModelConfig:
     chunk_size: int = 256
     bias: bool = False
     conv_bias: bool = True
+    d_intermediate: int = 0
 
     def __post_init__(self) -> None:
         if self.layer not in D_STATE:
@@ -77,8 +80,9 @@ class ModelConfig:
             value = getattr(self, key)
             if value is None and key == "dt_rank":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"model.{key} must be an integer of at least 1, got {value!r}")
+            least = 0 if key == "d_intermediate" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"model.{key} must be an integer of at least {least}, got {value!r}")
             if value > largest:
                 raise InputError(f"model.{key} must be at most {largest}, got {value}")
         if not 0 < self.dt_min <= self.dt_max < math.inf:
@@ -123,6 +127,16 @@ class ModelConfig:
         return group // math.gcd(group, self.expand)
 
     @property
+    def d_mlp(self) -> int:
+        """Inner channels of the MLP."""
+        return -(-self.d_intermediate // _MLP_STEP) * _MLP_STEP
+
+    @property
+    def n_additions(self) -> int:
+        """How often something is added to the residual stream."""
+        return self.n_layer * (2 if self.d_intermediate else 1)
+
+    @property
     def rank(self) -> int:
         return self.dt_rank or math.ceil(self.d_model / 16)
 
@@ -132,7 +146,11 @@ class ModelConfig:
         return -(-self.vocab_size // multiple) * multiple
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Every option; ``d_intermediate`` only where it is set, so that shapes are told as before there was one."""
+        values = dataclasses.asdict(self)
+        if not self.d_intermediate:
+            del values["d_intermediate"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:

@@ -44,7 +44,11 @@ class Breakdown:
 
 def layer_flops(config: ModelConfig, tokens: int) -> dict[str, int]:
     """FLOPs by op of one layer on ``tokens`` tokens."""
-    return _LAYER_FLOPS[config.layer](config, tokens)
+    flops = _LAYER_FLOPS[config.layer](config, tokens)
+    if config.d_intermediate:
+        flops["fc1"] = cost.linear(tokens, config.d_model, 2 * config.d_mlp)
+        flops["fc2"] = cost.linear(tokens, config.d_mlp, config.d_model)
+    return flops
 
 
 def _mamba1_flops(config: ModelConfig, tokens: int) -> dict[str, int]:

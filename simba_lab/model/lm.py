@@ -17,6 +17,7 @@ from simba_lab.model.config import ModelConfig
 from simba_lab.model.cost import Breakdown, forward_flops, scored_shape
 from simba_lab.model.mamba import Block, Kept, LayerState, MixerSignals, Projection, RMSNorm
 from simba_lab.model.mixers import make_mixer
+from simba_lab.model.mlp import GatedMLP
 from simba_lab.pruning import PruningPlan, Signals
 from simba_lab.pruning.criteria import checked_scores, sequence_key
 from simba_lab.pruning.select import select_tokens
@@ -55,8 +56,12 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, _weight=_empty(config))
-        self.layers = nn.ModuleList(Block(config, make_mixer(config, layer)) for layer in range(config.n_layer))
+        self.layers = nn.ModuleList(_block(config, layer) for layer in range(config.n_layer))
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+
+
+def _block(config: ModelConfig, layer: int) -> Block:
+    return Block(config, make_mixer(config, layer), GatedMLP(config, layer) if config.d_intermediate else None)
 
 
 def _empty(config: ModelConfig) -> Tensor:
@@ -92,8 +97,7 @@ class LanguageModel(nn.Module):
         if not self.config.tie_embeddings:
             self.lm_head.weight.normal_(std=0.02, generator=generator)
         for block in self.backbone.layers:
-            block.norm.weight.fill_(1.0)
-            block.mixer.initialise(self.config, generator)
+            block.initialise(self.config, generator)
         self.backbone.norm_f.weight.fill_(1.0)
 
     @property

@@ -183,13 +183,17 @@ def column_norms(weight: Tensor) -> Tensor:
 class Block(nn.Module):
     """Residual add, norm, mixer: (hidden, residual) in and out, the residual stream in fp32 at least.
 
-    With ``kept`` the others of the tokens that come in are dropped first.
+    With ``kept`` the others of the tokens that come in are dropped first. An ``mlp`` takes the normed sum of the stream
+    and the mixer's output; what both add is one ``hidden``, in the precision of the stream, so that the residual that
+    comes out is what the layer saw, with an MLP or without.
     """
 
-    def __init__(self, config: ModelConfig, mixer: nn.Module) -> None:
+    def __init__(self, config: ModelConfig, mixer: nn.Module, mlp: nn.Module | None = None) -> None:
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = mixer
+        self.norm2 = None if mlp is None else RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = mlp
 
     def forward(
         self, hidden: Tensor, residual: Tensor | None, backend: Backend, state: LayerState | None = None,
@@ -197,7 +201,18 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, LayerState, MixerSignals]:  # fmt: skip
         normed, residual = self.norm(hidden, residual, backend, kept)
         hidden, state, signals = self.mixer(normed, backend, state, neighbours)
+        if self.mlp is not None:
+            normed, _ = self.norm2(hidden, residual, backend)
+            hidden = hidden.to(residual.dtype) + self.mlp(normed, backend)
         return hidden, residual, state, signals
+
+    @torch.no_grad()
+    def initialise(self, config: ModelConfig, generator: torch.Generator) -> None:
+        self.norm.weight.fill_(1.0)
+        self.mixer.initialise(config, generator)
+        if self.mlp is not None:
+            self.norm2.weight.fill_(1.0)
+            self.mlp.initialise(config, generator)
 
 
 @torch.no_grad()
@@ -209,9 +224,9 @@ def initialise_conv_and_output(mixer: nn.Module, config: ModelConfig, generator:
     if config.bias:
         mixer.in_proj.bias.zero_()
         mixer.out_proj.bias.zero_()
-    # The output adds to the residual stream n_layer times; its variance is divided by that (GPT-2's rule).
+    # The variance is divided by the number of additions to the residual stream (GPT-2's rule).
     uniform_linear(mixer.out_proj.weight, config.d_inner, generator)
-    mixer.out_proj.weight.div_(math.sqrt(config.n_layer))
+    mixer.out_proj.weight.div_(math.sqrt(config.n_additions))
 
 
 def initial_steps(config: ModelConfig, count: int, generator: torch.Generator) -> Tensor:

@@ -49,7 +49,8 @@ def parameter_count(config: ModelConfig) -> int:
     width = config.d_model
     mixer = _mamba1_mixer(config) if config.layer == "mamba1" else _mamba2_mixer(config)
     tables = config.padded_vocab_size * width * (1 if config.tie_embeddings else 2)
-    return tables + config.n_layer * (mixer + width) + width  # a norm per layer and the last one
+    mlp = 3 * width * config.d_mlp + width if config.d_intermediate else 0  # with a norm of its own
+    return tables + config.n_layer * (mixer + mlp + width) + width  # a norm per layer and the last one
 
 
 def _mamba1_mixer(config: ModelConfig) -> int:

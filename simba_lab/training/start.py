@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ def _blaming() -> Iterator[None]:
 
 
 def _check_shape(weights: str, found: ModelConfig, wanted: ModelConfig) -> None:
-    theirs, ours = (config.to_dict() | {"dt_rank": config.rank} for config in (found, wanted))
+    theirs, ours = (dataclasses.asdict(config) | {"dt_rank": config.rank} for config in (found, wanted))
     for key, value in ours.items():
         if key not in WITHOUT_EFFECT and theirs[key] != value:
             asked = "the data's tokenizer has" if key == "vocab_size" else "model.model asks for"
