@@ -278,9 +278,12 @@ def test_training_times_whole_steps_and_pruned_ones(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(training, "STEPS", 5)
     case = training.TrainingCase(TINY, 2, 16, deterministic=True)
     result = session("auto").bench("train", [case], training.measure_training)
-    dense, pruned, seldom, adjacent, same_bits = result["lines"]
+    dense, alike, pruned, seldom, adjacent, same_bits = result["lines"]
     assert result["exit_code"] == 0, result["lines"]
     assert dense["unit"] == "tokens/s" and dense["ours"] > 0 and dense["target"]["value"] == 1.5
+    assert alike["what"].endswith("loss on the last 2 tokens") and alike["theirs"] == pytest.approx(dense["ours"])
+    speedup = float(pruned["note"].split("x ")[0])
+    assert speedup == pytest.approx(pruned["ours"] / alike["ours"], abs=0.006), "over dense with the same loss"
     promised = pruned["note"].split()[-1]
     assert 1.1 < float(promised.removesuffix("x")) < 2 and pruned["target"]["value"] == 0.9
     assert [line["what"].partition("by global impact")[2] for line in (pruned, seldom, adjacent)] == [

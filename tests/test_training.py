@@ -393,8 +393,7 @@ def test_every_field_of_the_text_data_has_an_effect(tmp_path: Path) -> None:
     fields = TextData.__init__.__annotations__.keys() - {"return"}
     woven = settings | {"recall_share": 0.3}
     assert outcome(woven) != outcome(woven | {"recall_reach": 100})
-    assert outcome(woven) != outcome(woven | {"recall_drills": 0.9})
-    assert fields == {*changes, "recall_reach", "recall_drills", "num_workers"}
+    assert fields == {*changes, "recall_reach", "num_workers"}
 
 
 @pytest.mark.parametrize("task", [{"task": "mqar"}, {"task": "needle", "distance": [14, 20]}], ids=["mqar", "needle"])

@@ -6,6 +6,7 @@ from simba_lab.data.associations import MultiQueryRecall, Needle
 from simba_lab.data.compression import xz_bits_per_byte
 from simba_lab.data.corpus import Corpus, CorpusSettings, open_corpus
 from simba_lab.data.document import Document
+from simba_lab.data.drills import DrillData
 from simba_lab.data.evidence import (
     evidence_distance,
     evidence_groups,
@@ -27,6 +28,7 @@ __all__ = [
     "Corpus",
     "CorpusSettings",
     "Document",
+    "DrillData",
     "EvalWindows",
     "Fact",
     "MultiQueryRecall",

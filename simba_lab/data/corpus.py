@@ -42,7 +42,6 @@ class CorpusSettings:
     vocab_size: int = 4096
     recall_share: float = 0.0
     recall_reach: int = 8000
-    recall_drills: float = 0.0
 
     @property
     def sources(self) -> dict[str, str]:
@@ -155,8 +154,7 @@ def _woven(document: Document, settings: CorpusSettings) -> Document:
     """Recall material in one document, decided by its name, so that no other document changes it."""
     key = hashlib.sha256(document.name.encode()).digest()
     generator = np.random.default_rng(int.from_bytes(key))
-    how = (settings.recall_share, settings.recall_reach, generator, settings.recall_drills)
-    return Document(document.name, weave(document.text, *how))
+    return Document(document.name, weave(document.text, settings.recall_share, settings.recall_reach, generator))
 
 
 def _tokenizer_texts(documents: Sequence[Document]) -> Iterator[str]:

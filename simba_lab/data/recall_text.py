@@ -42,7 +42,7 @@ Form = Literal["sentence", "pair"]
 FORMS: tuple[Form, ...] = ("sentence", "pair")
 KINDS = (*FORMS, "passage")
 
-_KEYS = {"sentence": NAMES, "pair": KEYS}
+KEYS_OF: dict[str, tuple[str, ...]] = {"sentence": NAMES, "pair": KEYS}
 _PAIRS = 8
 _PASSAGE = (60, 400)
 # Characters that a statement and its repetition usually take, or a passage.
@@ -73,20 +73,21 @@ def draw_facts(generator: np.random.Generator, count: int, form: Form = "sentenc
     """
     if form not in FORMS:
         raise InputError(f"form: no '{form}'; it is one of {', '.join(FORMS)}")
-    keys = _KEYS[form]
+    keys = KEYS_OF[form]
     if not 1 <= count <= len(keys):
         raise InputError(f"count: {count} facts of the form '{form}' must lie in 1..{len(keys)}")
     chosen = generator.choice(keys, size=count, replace=False).tolist()
     words = generator.choice(ANSWERS, size=count).tolist()
-    return [_fact(key, word, form) for key, word in zip(chosen, words, strict=True)]
+    return [make_fact(key, word, form) for key, word in zip(chosen, words, strict=True)]
 
 
-def _fact(key: str, word: str, form: Form) -> Fact:
+def make_fact(key: str, word: str, form: Form) -> Fact:
+    """That ``word`` is the secret of the person, or belongs to the place, ``key``."""
     question, end = (f"The secret of {key} is", ".") if form == "sentence" else (f"[ {key} =", "]")
     return Fact(f"{question} {word}{end}", question, f" {word}", end)
 
 
-def weave(text: str, share: float, reach: int, generator: np.random.Generator, drills: float = 0.0) -> str:
+def weave(text: str, share: float, reach: int, generator: np.random.Generator) -> str:
     """``text`` with recall material between its paragraphs.
 
     A third of what is woven in, by count, are single facts, a third lists of eight pairs, both stated once and
@@ -99,16 +100,12 @@ def weave(text: str, share: float, reach: int, generator: np.random.Generator, d
         share: Of the characters returned, those woven in; approximately, in [0, 1).
         reach: Characters back at most.
         generator: Decides everything.
-        drills: Of the facts and lists, those asked for at once: a model that starts from nothing learns recall over
-            some tokens long before it learns it over hundreds.
     """
     places = np.array([match.end() for match in re.finditer(r"\n\s*\n", text)], dtype=np.int64)
     wanted = share / (1 - share) * len(text)
     events = []
     while wanted > 0 and (spot := _two_places(places, reach, generator)):
         kind = KINDS[generator.integers(len(KINDS))]
-        if drills and kind in FORMS and generator.random() < drills:
-            spot = (spot[0], spot[0])
         events.append((*spot, kind))
         wanted -= _USUAL_SIZE[kind]
     return "".join(_joined(text, sorted(_pieces(text, sorted(events), generator), key=lambda piece: piece[0])))
@@ -118,7 +115,7 @@ def _pieces(
     text: str, events: Sequence[tuple[int, int, str]], generator: np.random.Generator
 ) -> Iterator[tuple[int, str]]:
     """Paragraphs and the places of the text they go to: a statement and its repetition, or a repeated passage alone."""
-    keys = {form: cycle(generator.permutation(_KEYS[form]).tolist()) for form in FORMS}
+    keys = {form: cycle(generator.permutation(KEYS_OF[form]).tolist()) for form in FORMS}
     for early, late, kind in events:
         if kind == "passage":
             length = round(_log_uniform(*_PASSAGE, generator))
@@ -126,7 +123,7 @@ def _pieces(
             continue
         size = _PAIRS if kind == "pair" else 1
         words = generator.choice(ANSWERS, size=size).tolist()
-        facts = [_fact(key, word, kind) for key, word in zip(islice(keys[kind], size), words, strict=True)]
+        facts = [make_fact(key, word, kind) for key, word in zip(islice(keys[kind], size), words, strict=True)]
         asked = (facts[index] for index in generator.permutation(size))
         yield early, _paragraph(facts)
         yield late, _paragraph(asked)

@@ -6,14 +6,14 @@ before the question: a model that has read less cannot know it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from simba_lab.data.evidence import find_last_occurrence
-from simba_lab.data.recall_text import KEYS, NAMES, draw_facts
+from simba_lab.data.recall_text import KEYS, NAMES, Fact, draw_facts
 from simba_lab.data.tokenizer import Tokenizer
 from simba_lab.data.windows import EvalWindows
 from simba_lab.errors import InputError
@@ -81,16 +81,23 @@ def _check(distance: int, form: str, facts: int, seed: int) -> None:
 
 def _fact(tokenizer: Tokenizer, generator: np.random.Generator, form: str, count: int) -> Iterator[list[int]]:
     """Tokens of the facts, of the question about one of them, of its answer and of what ends the sentence."""
-    drawn = draw_facts(generator, count, form)
-    chosen = drawn[int(generator.integers(count))]
+    facts = draw_facts(generator, count, form)
+    yield from encode_facts(tokenizer, facts, facts[int(generator.integers(count))])
+
+
+def encode_facts(tokenizer: Tokenizer, facts: Sequence[Fact], chosen: Fact) -> tuple[list[int], ...]:
+    """Tokens of a paragraph of ``facts``, of the question about ``chosen``, its answer and the end of its sentence.
+
+    Raises InputError if the tokenizer joins the answer with what stands beside it.
+    """
     question = GAP + chosen.question
     asked = tokenizer.encode(question)
     whole = tokenizer.encode(question + chosen.answer)
     ended = tokenizer.encode(question + chosen.answer + chosen.end)
     if whole[: len(asked)] != asked or ended[: len(whole)] != whole:
         raise InputError(f"recall: this tokenizer joins {chosen.answer!r} with what stands beside it; use another form")
-    planted = tokenizer.encode(GAP + " ".join(fact.statement for fact in drawn) + GAP)
-    yield from (planted, asked, whole[len(asked) :], ended[len(whole) :])
+    planted = tokenizer.encode(GAP + " ".join(fact.statement for fact in facts) + GAP)
+    return planted, asked, whole[len(asked) :], ended[len(whole) :]
 
 
 def _passage(context: np.ndarray, distance: int) -> Iterator[np.ndarray]:

@@ -30,7 +30,6 @@ class TextData(ResumableData):
         recall_share: Share of the training text that is recall material woven in between paragraphs (facts and lists
             asked for later, passages that come back; see `simba_lab.data.recall_text`). Held-out text has none.
         recall_reach: Characters back to what that material repeats, at most; at least 100.
-        recall_drills: Share of its facts and lists that are asked for at once.
         length: Tokens per window.
         batch_size: Windows per batch and process.
         validation_windows: Windows read at each validation, evenly spread; null for all.
@@ -55,7 +54,6 @@ class TextData(ResumableData):
         vocab_size: int = 4096,
         recall_share: float = 0.0,
         recall_reach: int = 8000,
-        recall_drills: float = 0.0,
         length: int = 1024,
         batch_size: int = 8,
         validation_windows: int | None = 64,
@@ -70,9 +68,8 @@ class TextData(ResumableData):
         require_at_least(1, length=length, batch_size=batch_size)
         require_at_least(1, validation_windows=validation_windows, test_windows=test_windows)
         require_at_least(0, seed=seed, num_workers=num_workers)
-        require_set(recall_share=recall_share, recall_reach=recall_reach, recall_drills=recall_drills)
+        require_set(recall_share=recall_share, recall_reach=recall_reach)
         require_between(0, 1, validation_share=validation_share, test_share=test_share, recall_share=recall_share)
-        require_between(0, 1, recall_drills=recall_drills)
         require_at_least(100, recall_reach=recall_reach)
         if recall_share > 0.5:
             raise InputError(f"data.recall_share: {recall_share} must be at most 0.5, or little of the text is left")
@@ -82,7 +79,7 @@ class TextData(ResumableData):
             require_at_least(257, vocab_size=vocab_size)
         self.settings = CorpusSettings(
             source, text_field, validation_source, test_source, validation_share, test_share, tokenizer, vocab_size,
-            recall_share, recall_reach, recall_drills,
+            recall_share, recall_reach,
         )  # fmt: skip
         self.length = length
         self._held_out_windows = {"validation": validation_windows, "test": test_windows}
