@@ -74,6 +74,7 @@ def test_the_text_itself_stays_in_order_and_fills_the_window(lab: tiny.Lab) -> N
 def test_text_share_leaves_windows_whole_and_the_test_split_is_plain(lab: tiny.Lab) -> None:
     whole = [bool((item["labels"] >= 0).all()) for item in items(drills(lab, text_share=0.5))]
     assert 8 <= sum(whole) <= 32
+    assert not any((item["labels"] >= 0).all() for item in items(drills(lab, text_share=0.5), "validation"))
     data = drills(lab)
     plain = TextData(source=str(lab.text), cache_dir=str(lab.cache), length=256, vocab_size=300)
     for one, other in zip(items(data, "test"), items(plain, "test"), strict=True):

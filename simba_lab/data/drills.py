@@ -34,12 +34,12 @@ class DrillData(TextData):
     """Text as `TextData` gives it, with facts to recall in the windows of training and validation.
 
     A drilled window states facts between its text (one sentence, or a list of up to eight pairs) and asks for each
-    again, log-uniformly far behind; labels are -100 but for the answers. The test split stays plain text: it tells what
-    is left of the language model.
+    again, log-uniformly far behind; labels are -100 but for the answers. All windows of validation are drilled, so that
+    its accuracy is that of recall; those of the test are plain text and tell what is left of the language model.
 
     Args:
         facts: Sentences and lists planted in a window, at most: as many as it holds.
-        text_share: Share of the windows of training and validation that stay plain text, all of it scored.
+        text_share: Share of the windows of training that stay plain text, all of it scored.
         **text: What `TextData` takes; `length` is at least 64.
 
     Raises:
@@ -59,7 +59,8 @@ class DrillData(TextData):
         plain = super().dataset(split)
         if split not in STREAMS:
             return plain
-        return DrillWindows(plain, self.tokenizer, self.facts, self.text_share, (self.seed, STREAMS[split]))
+        text_share = self.text_share if split == "train" else 0.0
+        return DrillWindows(plain, self.tokenizer, self.facts, text_share, (self.seed, STREAMS[split]))
 
 
 class DrillWindows(Dataset):
