@@ -8,10 +8,12 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from fuzz_targets import TARGETS, make_seeds
 from fuzzing import SECONDS, Failure, Judge, Tally, peak_memory, run_apart, run_here
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from soak import Counted
+from soak import Counted, counting, summary
 
 from simba_lab.checkpoint.spec import read_spec
 from simba_lab.errors import InputError
@@ -149,6 +151,17 @@ def test_a_tally_names_what_went_wrong() -> None:
         "1,502 cases: 2 tracebacks, 2 hangs, 1 out of memory, 1 files outside; slowest 0.50 s, peak memory 3 MiB"
     )
     assert Tally.from_dict(json.loads(json.dumps(tally.to_dict()))) == tally
+
+
+def test_a_soak_ends_with_a_line_for_each_part() -> None:
+    config = SimpleNamespace(stash=pytest.Stash())
+    assert summary(config) == []
+    counted = counting(config)
+    counted("a fit", Counter(commands=2))
+    counted("fuzz", Tally(3, 0.5, 1 << 20))
+    counted("a fit", Counter(commands=1, workers=4))
+    counted("fuzz", Tally(4, 0.25, 2 << 20))
+    assert summary(config) == ["a fit: 7 kills: 3 of commands, 4 of workers", f"fuzz: {Tally(7, 0.5, 2 << 20)}"]
 
 
 def test_memory_is_limited(tmp_path: Path, seeds: Path) -> None:
