@@ -194,6 +194,21 @@ def oracle_of(
     return weights, [run(weights, sparse.config, row, n_context, choose, adjacent) for row in tokens]
 
 
+def assert_equal_to_the_oracle(sparse: LanguageModel, criterion: str, tokens: Tensor, n_context: int) -> None:
+    """Kept positions, logits and all gradients of an fp64 model pruned by ``criterion``."""
+    weights, traces = oracle_of(sparse, criterion, tokens, n_context)
+    out, expected = sparse(tokens, n_context=n_context), torch.stack([trace.logits for trace in traces])
+    assert [[kept[i].tolist() for kept in out.kept] for i in range(len(tokens))] == [trace.kept for trace in traces]
+    torch.testing.assert_close(out.logits, expected, rtol=1e-10, atol=1e-10)
+    cotangent = torch.randn(out.logits.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    (expected * cotangent).sum().backward()
+    sparse.zero_grad()
+    (out.logits * cotangent).sum().backward()
+    for name, parameter in sparse.named_parameters():
+        assert torch.allclose(parameter.grad, weights[name].grad, rtol=1e-8, atol=1e-9), name
+        assert parameter.grad.abs().max() > 0, name
+
+
 def tiny_model(
     seed: int = 0, dtype: torch.dtype = torch.float64, backend: str = "auto", **shape: object
 ) -> LanguageModel:

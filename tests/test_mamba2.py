@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_oracle import oracle_of, random_tokens, tiny_model
+from slow_oracle import assert_equal_to_the_oracle, random_tokens, tiny_model
 from test_model import SCHEDULE_SPECS, close, decoding_equals_one_pass, every_criterion, pruned, same_kept
 from torch import Tensor
 
@@ -157,18 +157,7 @@ def test_mask_and_gather_keep_the_same_positions() -> None:
 @pytest.mark.parametrize("n_context", [1, 13])
 def test_pruned_logits_kept_and_gradients_equal_the_slow_oracle(backend: str, criterion: str, n_context: int) -> None:
     lm = model(backend=backend, n_layer=3)
-    sparse, tokens = pruned(lm, criterion), random_tokens(2, n_context + 3)
-    weights, traces = oracle_of(sparse, criterion, tokens, n_context)
-    out = sparse(tokens, n_context=n_context)
-    assert [[kept[i].tolist() for kept in out.kept] for i in range(2)] == [trace.kept for trace in traces]
-    close(out.logits, torch.stack([trace.logits for trace in traces]))
-    cotangent = torch.randn(out.logits.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    (torch.stack([trace.logits for trace in traces]) * cotangent).sum().backward()
-    lm.zero_grad()
-    (out.logits * cotangent).sum().backward()
-    for name, parameter in lm.named_parameters():
-        assert torch.allclose(parameter.grad, weights[name].grad, rtol=1e-8, atol=1e-9), name
-        assert parameter.grad.abs().max() > 0, name
+    assert_equal_to_the_oracle(pruned(lm, criterion), criterion, random_tokens(2, n_context + 3), n_context)
 
 
 def test_half_precision_runs_with_finite_gradients() -> None:

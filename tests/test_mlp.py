@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from slow_oracle import oracle_of, random_tokens, tiny_model
+from slow_oracle import assert_equal_to_the_oracle, random_tokens, tiny_model
+from test_captured import outputs_equal
 from test_formats import assert_same_bits, ours
 from test_model import close, decoding_equals_one_pass, pruned, same_kept
 
@@ -42,18 +43,8 @@ def config(shape: dict[str, Any], **others: Any) -> ModelConfig:
 def test_pruned_logits_kept_and_gradients_equal_the_slow_oracle(
     shape: dict[str, Any], backend: str, n_context: int
 ) -> None:
-    lm = tiny_model(backend=backend, n_layer=3, **shape)
-    sparse, tokens = pruned(lm, "norm"), random_tokens(2, n_context + 3)
-    weights, traces = oracle_of(sparse, "norm", tokens, n_context)
-    out, expected = sparse(tokens, n_context=n_context), torch.stack([trace.logits for trace in traces])
-    assert [[kept[i].tolist() for kept in out.kept] for i in range(2)] == [trace.kept for trace in traces]
-    torch.testing.assert_close(out.logits, expected, rtol=1e-10, atol=1e-10)
-    cotangent = torch.randn(out.logits.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    given = torch.autograd.grad((out.logits * cotangent).sum(), list(lm.parameters()))
-    (expected * cotangent).sum().backward()
-    for (name, _), gradient in zip(lm.named_parameters(), given, strict=True):
-        torch.testing.assert_close(gradient, weights[name].grad, rtol=1e-8, atol=1e-9)
-        assert gradient.abs().max() > 0, name
+    sparse = pruned(tiny_model(backend=backend, n_layer=3, **shape), "norm")
+    assert_equal_to_the_oracle(sparse, "norm", random_tokens(2, n_context + 3), n_context)
 
 
 @both_generations
@@ -116,6 +107,18 @@ def test_fvcore_and_the_ledger_confirm_the_closed_form(shape: dict[str, Any]) ->
         model(random_tokens(2, 20), n_context=17).logits.sum().backward()
     assert ledger.by_op() == {op: 2 * flops for op, flops in closed.training().by_op().items()}
     assert parameter_count(model.config) == sum(weight.numel() for weight in model.parameters())
+
+
+@pytest.mark.gpu
+@both_generations
+@torch.no_grad()
+def test_a_gpu_gives_the_numbers_of_the_cpu_and_captures_them(shape: dict[str, Any]) -> None:
+    lm, tokens = ours(config(shape, d_model=64)), random_tokens(2, 45)
+    expected = pruned(lm, "recency")(tokens, n_context=40).logits
+    sparse = pruned(lm.to("cuda"), "recency")
+    sparse.backend_name = "auto"
+    torch.testing.assert_close(sparse(tokens.cuda(), n_context=40).logits.cpu(), expected, rtol=1e-4, atol=1e-4)
+    assert outputs_equal(sparse.captured(2, 40)(tokens[:, :40]), sparse.prefill(tokens[:, :40].cuda()))
 
 
 def test_weights_begin_as_published() -> None:

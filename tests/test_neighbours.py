@@ -8,7 +8,7 @@ import itertools
 import pytest
 import test_mamba2
 import torch
-from slow_oracle import causal_conv, oracle_of, random_tokens, tiny_model
+from slow_oracle import assert_equal_to_the_oracle, causal_conv, random_tokens, tiny_model
 from test_model import close, decoding_equals_one_pass
 from torch import Tensor
 
@@ -91,18 +91,8 @@ def test_cpu_kernels_equal_reference(
 @pytest.mark.parametrize("criterion", ["global_impact", "norm"])
 @pytest.mark.parametrize("n_context", [1, 14])
 def test_pruned_logits_and_gradients_equal_the_slow_oracle(generation: str, criterion: str, n_context: int) -> None:
-    lm = MODELS[generation](n_layer=3)
-    sparse, tokens = adjacent(lm, criterion), random_tokens(2, n_context + 3)
-    weights, traces = oracle_of(sparse, criterion, tokens, n_context)
-    out = sparse(tokens, n_context=n_context)
-    assert [[kept[i].tolist() for kept in out.kept] for i in range(2)] == [trace.kept for trace in traces]
-    expected = torch.stack([trace.logits for trace in traces])
-    close(out.logits, expected)
-    names = dict(lm.named_parameters())
-    got = torch.autograd.grad(out.logits.square().sum(), list(names.values()))
-    wanted = torch.autograd.grad(expected.square().sum(), [weights[name] for name in names])
-    for name, ours, theirs in zip(names, got, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9, msg=name)
+    sparse = adjacent(MODELS[generation](n_layer=3), criterion)
+    assert_equal_to_the_oracle(sparse, criterion, random_tokens(2, n_context + 3), n_context)
 
 
 @every_generation
