@@ -62,7 +62,7 @@ def _scan_outputs(x: Tensor, A: Tensor, initial: Tensor, keep_states: bool) -> t
 
     batch, length, channels = x.shape
     chunks = -(-length // scan.CHUNK) if keep_states else 0
-    starts = x.new_empty(batch, chunks, -(-channels // scan.WIDTH), A.shape[1], scan.WIDTH)
+    starts = x.new_empty(batch, chunks, -(-channels // scan.WIDTH), A.shape[1] * scan.WIDTH)
     return x.new_empty(x.shape), initial.new_empty(initial.shape), starts
 
 
@@ -78,7 +78,7 @@ def _scan(
     (x_, dt_, B_, C_, z_), strides = _flat(x, dt, B, C, z)
     scan.forward(
         x_, dt_, _array(dt_bias), _array(A), B_, C_, _array(D), z_, strides, _array(initial),
-        out.numpy(), final.numpy(), starts.numpy(),
+        out.view(-1).numpy(), final.numpy(), starts.numpy(),
     )  # fmt: skip
     return out, final, starts
 
@@ -105,8 +105,8 @@ def _scan_backward(
     (x_, dt_, B_, C_, z_, dout_), strides = _flat(x, dt, B, C, z, dout)
     scan.backward(
         x_, dt_, _array(dt_bias), _array(A), B_, C_, _array(D), z_, dout_, strides, _array(starts),
-        _array(dfinal), dx.numpy(), ddt.numpy(), dA.numpy(), dB.numpy(), dC.numpy(), dD.numpy(), dz.numpy(),
-        dinitial.numpy(),
+        _array(dfinal), dx.view(-1).numpy(), ddt.view(-1).numpy(), dA.numpy(), dB.view(-1).numpy(),
+        dC.view(-1).numpy(), dD.numpy(), dz.view(-1).numpy(), dinitial.numpy(),
     )  # fmt: skip
     return dx, ddt, ddt.sum((0, 1)), dA.sum(0), dB.sum(1), dC.sum(1), dD.sum(0), dz, dinitial
 
@@ -150,7 +150,8 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor, neighbours: 
     out = x.new_empty(x.shape)
     (x_,), strides = _flat(x)
     conv.forward(
-        x_, strides[0], _array(weight.t()), _array(bias), _array(initial), _array(neighbours), out.numpy()
+        x_, strides[0], _array(weight.t()), _array(bias[None]), _array(initial), _array(neighbours), x.shape[1],
+        out.view(-1).numpy(),
     )  # fmt: skip
     return out
 
@@ -169,16 +170,13 @@ def _conv_backward(
     use_torch_threads()
     batch, length, channels = x.shape
     jobs = batch * -(-length // conv.STRETCH)
-    dinner, dx = x.new_empty(2, batch, length, channels).unbind()
+    dx, dinitial = x.new_empty(batch, length, channels), torch.zeros_like(initial)
     dweight, dbias = x.new_empty(jobs, weight.shape[1], channels), x.new_empty(jobs, channels)
-    dinitial = x.new_empty(initial.shape)
     (x_,), strides = _flat(x)
-    taps, known = _array(weight.t()), _array(neighbours)
     conv.backward(
-        x_, strides[0], taps, _array(bias), _array(initial), known, _array(dout), dinner.numpy(), dweight.numpy(),
-        dbias.numpy(),
+        x_, strides[0], _array(weight.t()), _array(bias[None]), _array(initial), _array(neighbours),
+        _array(dout).reshape(-1), length, dx.view(-1).numpy(), dweight.numpy(), dbias.numpy(), dinitial.numpy(),
     )  # fmt: skip
-    conv.spread(dinner.numpy(), taps, known, dx.numpy(), dinitial.numpy())
     return dx, dweight.sum(0).t().contiguous(), dbias.sum(0), dinitial
 
 
@@ -223,15 +221,16 @@ def _impact(
     use_torch_threads()
     batch, length, channels = x.shape
     groups = -(-channels // (impact.GROUP * impact.WIDTH))
-    lanes = x.new_full((batch, groups, length, impact.WIDTH), -torch.inf if reduce == "max" else 0)
+    lanes = x.new_full((batch, groups, length, impact.LANES), -torch.inf if reduce == "max" else 0)
     (x_, dt_, B_), strides = _flat(x, dt, B)
-    array = lanes.numpy()
+    array = lanes.view(-1).numpy()
     vanished = array.dtype.type(np.finfo(array.dtype).minexp)
     code = {"max": impact.MAX, "absmax": impact.ABSMAX, "l2": impact.L2}[reduce]
     impact.scores(
-        x_, dt_, _array(dt_bias), _array(A), B_, _array(C_boundary), _array(gate), strides, code, vanished, array
-    )
-    return lanes.sum((1, 3)).sqrt() if reduce == "l2" else lanes.amax((1, 3))
+        x_, dt_, _array(dt_bias), _array(A), B_, _array(C_boundary), _array(gate), strides, length, code, vanished,
+        groups, array,
+    )  # fmt: skip
+    return lanes.sum(1).sum(2).sqrt() if reduce == "l2" else lanes.amax(1).amax(2)
 
 
 @_impact.register_fake

@@ -2,8 +2,9 @@
 
 A block is ``WIDTH`` channels, padded with zeros where a model has fewer, so that the trip count of inner loops is a
 constant. Inputs come as flat views with the strides of batch and token, so that slices of a projection need no copy.
-LLVM makes vector instructions of a loop only if at most eight comparisons of addresses show that the arrays it writes
-overlap no other: rows of inputs and outputs are copied by loops of their own.
+
+Everything is flat and read at offsets. A row of an array would be an object whose references Numba counts, atomically,
+as it does those of an array handed to a function that LLVM does not inline: either takes as long as 64 channels.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numba
 import numpy as np
 
 from simba_lab.kernels.cpu.elementary import FAST
+from simba_lab.kernels.cpu.vectors import LANES, load, prefetch, store
 
 WIDTH = 64
 LOG2E = 1.4426950408889634
@@ -20,12 +22,12 @@ _inner = numba.njit(fastmath=FAST, error_model="numpy")
 
 
 @_inner
-def zeros(rows, dtype):
-    """Zeros (rows, WIDTH) that start with a cache line: vectors that straddle two lines take half as long again."""
-    size = rows * WIDTH
+def zeros(rows, dtype, width=WIDTH):
+    """Flat zeros (rows, width) from the start of a cache line: vectors that straddle two take half as long again."""
+    size = rows * width
     memory = np.zeros(size + 64, dtype)
     skip = (-memory.ctypes.data % 64) // memory.itemsize
-    return memory[skip : skip + size].reshape(rows, WIDTH)
+    return memory[skip : skip + size]
 
 
 @_inner
@@ -34,30 +36,41 @@ def load_rates(A, first, used, dtype):
     rates = zeros(A.shape[1], dtype)
     for d in range(used):
         for n in range(A.shape[1]):
-            rates[n, d] = A[first + d, n] * LOG2E
+            rates[n * WIDTH + d] = A[first + d, n] * LOG2E
     return rates
 
 
 @_inner
 def load_channels(values, first, used, dtype):
-    block = zeros(1, dtype)[0]
+    block = zeros(1, dtype)
     block[:used] = values[first : first + used]
     return block
 
 
 @_inner
-def row(flat, strides, i, t, first, used):
-    """``used`` entries from ``first`` on of token t of sequence i.
-
-    Loops index rows from 0, which the compiler knows to be in range; an index it cannot tell from a negative one,
-    which Python counts from the end, would keep it from using vector instructions.
-    """
-    at = i * strides[0] + t * strides[1] + first
-    return flat[at : at + used]
+def move(source, at, count, target, to):
+    """``count`` neighbouring numbers of one flat array to another."""
+    whole = count // LANES * LANES
+    for d in range(0, whole, LANES):
+        store(target, to + d, load(source, at + d))
+    for d in range(whole, count):
+        target[to + d] = source[at + d]
 
 
 @_inner
-def copy(source, target):
-    """The channels of ``source``, which may be fewer than the target's."""
-    for d in range(source.size):
-        target[d] = source[d]
+def fetch(flat, at, stride, steps, used, ahead, rows):
+    """``used`` channels of ``steps`` tokens into ``rows`` (steps, WIDTH); a token begins ``stride`` after the last.
+
+    Asks for those of the tokens ``ahead``, which come next: a row is too short for the processor to guess what follows.
+    """
+    for k in range(steps):
+        for d in range(0, used, LANES):
+            prefetch(flat, at + (k + ahead) * stride + d)
+        move(flat, at + k * stride, used, rows, k * WIDTH)
+
+
+@_inner
+def put(rows, flat, at, stride, steps, used):
+    """The way back: ``rows`` (steps, WIDTH) to where :func:`fetch` would read them."""
+    for k in range(steps):
+        move(rows, k * WIDTH, used, flat, at + k * stride)

@@ -1,8 +1,8 @@
 """Elementary functions that LLVM can vectorise inside the CPU kernels.
 
 ``math.exp`` on a float32 is a scalar library call; the polynomials here inline into the loops over channels, which is
-what makes the scan fast. Relative error below 5e-7 in fp32; fp64 arguments take the library functions, so that
-gradient checks in fp64 see no approximation.
+what makes the scan fast. They take the vectors of :mod:`simba_lab.kernels.cpu.vectors` too. Relative error below 5e-7
+in fp32; fp64 arguments take the library functions, so that gradient checks in fp64 see no approximation.
 """
 
 from __future__ import annotations
@@ -31,61 +31,76 @@ ROUND = f32(1.5 * 2**23)
 P1, P2, P3, P4, P5 = f32(0.693147004), f32(0.240222424), f32(0.0555073395), f32(0.00967151113), f32(0.00132646528)
 
 
+def larger(x, y):  # noqa: ANN001, ANN201 - compiled per type by overloads
+    """The larger of two; ``x`` where either is a NaN."""
+    raise TypeError("only callable from compiled code")
+
+
+def raised(x, shifted):  # noqa: ANN001, ANN201 - compiled per type by overloads
+    """fp32 ``x`` times two to the integer that stands in the lowest bits of ``shifted``."""
+    raise TypeError("only callable from compiled code")
+
+
+@overload(larger)
+def _larger(x, y):  # noqa: ANN001, ANN202
+    if isinstance(x, types.Float):
+        # Not max, whose care for NaN would stop vectorisation.
+        return lambda x, y: y if x < y else x
+    return None
+
+
 @intrinsic
-def _float_of_bits(typing_context, bits):  # noqa: ANN001, ANN202 - numba's own calling convention
+def _raised(typing_context, x, shifted):  # noqa: ANN001, ANN202 - numba's own calling convention
     def build(context, builder, signature, arguments):  # noqa: ANN001, ANN202
-        return builder.bitcast(arguments[0], ir.FloatType())
+        bits, power = (builder.bitcast(argument, ir.IntType(32)) for argument in arguments)
+        bits = builder.add(bits, builder.shl(power, ir.Constant(ir.IntType(32), 23)))
+        return builder.bitcast(bits, ir.FloatType())
 
-    return types.float32(types.int32), build
-
-
-@intrinsic
-def _bits_of_float(typing_context, value):  # noqa: ANN001, ANN202 - numba's own calling convention
-    def build(context, builder, signature, arguments):  # noqa: ANN001, ANN202
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return types.int32(types.float32), build
+    return types.float32(types.float32, types.float32), build
 
 
-@numba.njit(fastmath=FAST - {"reassoc"}, error_model="numpy")  # reordering would undo the two-part ln 2
-def _exp32(x):
-    # Not min and max, whose care for NaN would stop vectorisation. A NaN fails both comparisons and goes on.
-    x = EXP_LOW if x < EXP_LOW else x
-    x = EXP_HIGH if x > EXP_HIGH else x
-    k = np.floor(x * LOG2E + f32(0.5))
+@overload(raised)
+def _raise(x, shifted):  # noqa: ANN001, ANN202
+    if x == types.float32:
+        return lambda x, shifted: _raised(x, shifted)
+    return None
+
+
+@numba.njit(fastmath=FAST - {"reassoc"}, error_model="numpy")  # reordering would undo the rounding
+def exp_single(x):
+    x = -larger(-larger(x, EXP_LOW), -EXP_HIGH)
+    shifted = x * LOG2E + ROUND
+    k = shifted - ROUND
     r = x - k * LN2_HIGH - k * LN2_LOW
-    p = f32(1.3888889e-3)
-    p = p * r + f32(8.3333333e-3)
+    p = r * f32(1.3888889e-3) + f32(8.3333333e-3)
     p = p * r + f32(4.1666667e-2)
     p = p * r + f32(1.6666667e-1)
     p = p * r + f32(0.5)
     p = p * r + f32(1.0)
     p = p * r + f32(1.0)
-    return p * _float_of_bits(np.int32((np.int32(k) + np.int32(127)) << np.int32(23)))
+    return raised(p, shifted)
 
 
 @numba.njit(fastmath=FAST - {"reassoc"}, error_model="numpy")  # reordering would undo the rounding
-def _exp2_32(x):
+def exp2_single(x):
     """2^x for x <= 127: a polynomial in the distance to the nearest integer, which is added to the exponent's bits."""
-    x = EXP2_LOW if x < EXP2_LOW else x
+    x = larger(x, EXP2_LOW)
     shifted = x + ROUND
     r = x - (shifted - ROUND)
-    p = P5
-    p = p * r + P4
+    p = r * P5 + P4
     p = p * r + P3
     p = p * r + P2
     p = p * r + P1
     p = p * r + f32(1.0)
-    return _float_of_bits(_bits_of_float(p) + np.int32(_bits_of_float(shifted) << np.int32(23)))
+    return raised(p, shifted)
 
 
 @numba.njit(fastmath=FAST, error_model="numpy")  # a check for division by zero would stop vectorisation
-def _log1p32(u):
+def log1p_single(u):
     """log(1 + u) for u in [0, 1]: 2 artanh(u / (2 + u)), whose series in s <= 1/3 converges fast."""
     s = u / (f32(2.0) + u)
     q = s * s
-    p = f32(1.0 / 15)
-    p = p * q + f32(1.0 / 13)
+    p = q * f32(1.0 / 15) + f32(1.0 / 13)
     p = p * q + f32(1.0 / 11)
     p = p * q + f32(1.0 / 9)
     p = p * q + f32(1.0 / 7)
@@ -110,28 +125,28 @@ def log1p(u):  # noqa: ANN001, ANN201 - compiled per dtype by the overload below
 @overload(exp)
 def _exp(x):  # noqa: ANN001, ANN202
     if x == types.float32:
-        return lambda x: _exp32(x)
-    return lambda x: math.exp(x)
+        return lambda x: exp_single(x)
+    return (lambda x: math.exp(x)) if x == types.float64 else None
 
 
 @overload(exp2)
 def _exp2(x):  # noqa: ANN001, ANN202
     if x == types.float32:
-        return lambda x: _exp2_32(x)
-    return lambda x: np.exp2(x)
+        return lambda x: exp2_single(x)
+    return (lambda x: np.exp2(x)) if x == types.float64 else None
 
 
 @overload(log1p)
 def _log1p(u):  # noqa: ANN001, ANN202
     if u == types.float32:
-        return lambda u: _log1p32(u)
-    return lambda u: math.log1p(u)
+        return lambda u: log1p_single(u)
+    return (lambda u: math.log1p(u)) if u == types.float64 else None
 
 
 @numba.njit(fastmath=FAST, error_model="numpy")  # a check for division by zero would stop vectorisation
 def softplus(x, one):
     """log(1 + exp(x)) without overflow; ``one`` is 1 in the dtype of x, which keeps fp32 from widening."""
-    return (x if x > 0 else one - one) + log1p(exp(-abs(x)))
+    return larger(x, one - one) + log1p(exp(-larger(x, -x)))
 
 
 @numba.njit(fastmath=FAST, error_model="numpy")  # a check for division by zero would stop vectorisation

@@ -1,14 +1,13 @@
 """Selective scan for CPUs: forward and backward, compiled by Numba.
 
-One job is one sequence times one block of ``WIDTH`` channels; its state stays in the first-level cache and every inner
-loop runs over the block's channels, which LLVM turns into vector instructions. Blocks are padded to ``WIDTH`` with
-channels in which x, A, D and the gradients are 0, so the trip count is a constant. Softplus, skip connection and gate
-are fused: nothing of size (length, channels) is written but the output.
+One job is one sequence times one block of ``WIDTH`` channels. Blocks are padded to ``WIDTH`` with channels in which x,
+A, D and the gradients are 0. Softplus, skip connection and gate are fused: nothing of size (length, channels) is
+written but the output.
 
-The forward pass goes token by token and keeps the state at the start of every ``CHUNK`` tokens; the backward pass
-recomputes one chunk at a time from it. What does not touch the state is then faster done for a whole chunk.
-
-Loops touch few arrays each, for the reason that :mod:`simba_lab.kernels.cpu.blocks` gives.
+Both directions go chunk by chunk of ``CHUNK`` tokens: what does not touch the state is done for a whole chunk at once,
+in scratch memory (CHUNK, WIDTH) that stays in the cache; then the state passes through the chunk, ``LANES`` channels at
+a time, so that what the backward pass keeps of them does too. The forward pass keeps the state at the start of every
+chunk, from which the backward pass recomputes the others.
 
 Sums that cross jobs (A, B, C, D, bias) are written per job and added in a fixed order: results do not depend on the
 number of threads.
@@ -18,9 +17,10 @@ from __future__ import annotations
 
 import numba
 
-from simba_lab.kernels.cpu.blocks import WIDTH, copy, load_channels, load_rates, row, zeros
+from simba_lab.kernels.cpu.blocks import WIDTH, fetch, load_channels, load_rates, put, zeros
 from simba_lab.kernels.cpu.compiled import kernel
 from simba_lab.kernels.cpu.elementary import FAST, exp2, sigmoid, softplus
+from simba_lab.kernels.cpu.vectors import LANES, entry, load, store, total
 
 CHUNK = 32
 LN2 = 0.6931471805599453
@@ -29,252 +29,228 @@ _inner = numba.njit(fastmath=FAST, error_model="numpy")
 
 
 @_inner
-def _step_and_input(dt_t, bias_block, x_t, one, delta_t, u_t):
-    """Step size of one token and its product with x."""
-    for d in range(WIDTH):
-        delta = softplus(dt_t[d] + bias_block[d], one)
-        delta_t[d] = delta
-        u_t[d] = delta * x_t[d]
+def _prepare(dt_c, bias_block, x_c, D_block, steps, one, delta_c, u_c, y_c):
+    """Step sizes of a chunk, their products with x, and the skip connection in ``y_c``."""
+    for d in range(0, WIDTH, LANES):
+        bias, skip = load(bias_block, d), load(D_block, d)
+        for at in range(d, steps * WIDTH, WIDTH):
+            delta, x = softplus(load(dt_c, at) + bias, one), load(x_c, at)
+            store(delta_c, at, delta)
+            store(u_c, at, delta * x)
+            store(y_c, at, skip * x)
 
 
 @_inner
-def _skip(x_t, D_block, y_t):
-    for d in range(WIDTH):
-        y_t[d] = D_block[d] * x_t[d]
+def _advance(h, rates, delta_c, u_c, B, at_B, step_B, C, at_C, step_C, steps, y_c):
+    """The state moves on through the tokens of a chunk, and what it adds to the output is added to ``y_c``.
+
+    B_t begins at ``at_B + t step_B``, C_t likewise.
+    """
+    states = rates.size // WIDTH
+    for d in range(0, WIDTH, LANES):
+        for k in range(steps):
+            own, b, c = k * WIDTH + d, at_B + k * step_B, at_C + k * step_C
+            delta, u, y = load(delta_c, own), load(u_c, own), load(y_c, own)
+            for n in range(states):
+                at = n * WIDTH + d
+                value = exp2(delta * load(rates, at)) * load(h, at) + u * entry(B, b + n)
+                store(h, at, value)
+                y += value * entry(C, c + n)
+            store(y_c, own, y)
 
 
 @_inner
-def _advance(h, rates, delta_t, u_t, B_t, C_t, y_t):
-    """One token: the state moves on, and what it adds to the output is added to ``y_t``."""
-    for n in range(h.shape[0]):
-        b, c = B_t[n], C_t[n]
-        h_n, rates_n = h[n], rates[n]
-        for d in range(WIDTH):
-            value = exp2(delta_t[d] * rates_n[d]) * h_n[d] + u_t[d] * b
-            h_n[d] = value
-            y_t[d] += value * c
-
-
-@_inner
-def _gate(z_t, one, y_t):
-    for d in range(WIDTH):
-        y_t[d] *= z_t[d] * sigmoid(z_t[d], one)
+def _gate(z_c, one, steps, y_c):
+    for at in range(0, steps * WIDTH, LANES):
+        z = load(z_c, at)
+        store(y_c, at, load(y_c, at) * z * sigmoid(z, one))
 
 
 @_inner
 def _forward_job(x, dt, dt_bias, A, B, C, D, z, strides, initial, out, final, starts, i, block):
-    length, (channels, states), dtype = out.shape[1], A.shape, out.dtype
+    (channels, states), dtype = A.shape, out.dtype
+    length = out.size // (final.shape[0] * channels)
     first = block * WIDTH
     used = min(WIDTH, channels - first)
     one = dtype.type(1)
-    rates = load_rates(A, first, used, dtype)
+    rates, h = load_rates(A, first, used, dtype), zeros(states, dtype)
     D_block, bias_block = load_channels(D, first, used, dtype), load_channels(dt_bias, first, used, dtype)
-    h = zeros(states, dtype)
-    rows = zeros(6, dtype)
-    x_t, dt_t, z_t, delta_t, u_t, y_t = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
+    x_c, dt_c, z_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
+    delta_c, u_c, y_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
     for d in range(used):
         for n in range(states):
-            h[n, d] = initial[i, first + d, n]
-    for t in range(length):
-        if starts.shape[1] > 0 and t % CHUNK == 0:
-            starts[i, t // CHUNK, block] = h
-        copy(row(x, strides[0], i, t, first, used), x_t)
-        copy(row(dt, strides[1], i, t, first, used), dt_t)
-        copy(row(z, strides[4], i, t, first, used), z_t)
-        _step_and_input(dt_t, bias_block, x_t, one, delta_t, u_t)
-        _skip(x_t, D_block, y_t)
-        B_t, C_t = row(B, strides[2], i, t, 0, states), row(C, strides[3], i, t, 0, states)
-        _advance(h, rates, delta_t, u_t, B_t, C_t, y_t)
-        _gate(z_t, one, y_t)
-        copy(y_t[:used], out[i, t, first : first + used])
+            h[n * WIDTH + d] = initial[i, first + d, n]
+    for t0 in range(0, length, CHUNK):
+        steps = min(CHUNK, length - t0)
+        if starts.shape[1] > 0:
+            starts[i, t0 // CHUNK, block] = h
+        fetch(x, i * strides[0, 0] + t0 * strides[0, 1] + first, strides[0, 1], steps, used, CHUNK, x_c)
+        fetch(dt, i * strides[1, 0] + t0 * strides[1, 1] + first, strides[1, 1], steps, used, CHUNK, dt_c)
+        fetch(z, i * strides[4, 0] + t0 * strides[4, 1] + first, strides[4, 1], steps, used, CHUNK, z_c)
+        _prepare(dt_c, bias_block, x_c, D_block, steps, one, delta_c, u_c, y_c)
+        at_B, at_C = i * strides[2, 0] + t0 * strides[2, 1], i * strides[3, 0] + t0 * strides[3, 1]
+        _advance(h, rates, delta_c, u_c, B, at_B, strides[2, 1], C, at_C, strides[3, 1], steps, y_c)
+        _gate(z_c, one, steps, y_c)
+        put(y_c, out, (i * length + t0) * channels + first, channels, steps, used)
     for d in range(used):
         for n in range(states):
-            final[i, first + d, n] = h[n, d]
+            final[i, first + d, n] = h[n * WIDTH + d]
 
 
 @kernel
 def forward(x, dt, dt_bias, A, B, C, D, z, strides, initial, out, final, starts):
-    """Gated output and final state; ``starts`` (B, ceil(L / CHUNK), D / WIDTH, N, WIDTH) unless its length is 0.
+    """Gated output and final state; ``starts`` (B, ceil(L / CHUNK), D / WIDTH, N WIDTH) unless its length is 0.
 
-    ``strides[i]`` holds (batch, token) of x, dt, B, C, z in that order; out (B, L, D), final and initial (B, D, N).
+    ``strides[i]`` holds (batch, token) of x, dt, B, C, z in that order; out (B L D,), final and initial (B, D, N).
     """
     blocks = (A.shape[0] + WIDTH - 1) // WIDTH
-    for job in numba.prange(out.shape[0] * blocks):
+    for job in numba.prange(final.shape[0] * blocks):
         _forward_job(
             x, dt, dt_bias, A, B, C, D, z, strides, initial, out, final, starts, job // blocks, job % blocks
         )  # fmt: skip
 
 
 @_inner
-def _load_tokens(flat, strides, i, t0, steps, first, used, rows):
-    """Channels of a block, ``steps`` tokens from t0 on, into the first lanes of ``rows`` (CHUNK, WIDTH)."""
+def _open_gate(z_c, dout_c, steps, one, dy_c):
+    """Gradient of the output before the gate."""
+    for at in range(0, steps * WIDTH, LANES):
+        z = load(z_c, at)
+        store(dy_c, at, load(dout_c, at) * z * sigmoid(z, one))
+
+
+@_inner
+def _replay(rates, start, d, delta_c, u_c, B, at_B, step_B, C, at_C, step_C, dy_c, steps, h, decay, y_c, dC_c):
+    """:func:`_advance` from the start of a chunk for the lanes at ``d``, keeping decays and the states before tokens.
+
+    Adds to ``dC_c`` (steps, N, LANES) the gradient of C, to be added up over lanes.
+    """
+    states = rates.size // WIDTH
+    for n in range(states):
+        store(h, n * LANES, load(start, n * WIDTH + d))
     for k in range(steps):
-        copy(row(flat, strides, i, t0 + k, first, used), rows[k])
+        own, b, c = k * WIDTH + d, at_B + k * step_B, at_C + k * step_C
+        delta, u, y, dy = load(delta_c, own), load(u_c, own), load(y_c, own), load(dy_c, own)
+        for n in range(states):
+            at = (k * states + n) * LANES
+            factor = exp2(delta * load(rates, n * WIDTH + d))
+            value = factor * load(h, at) + u * entry(B, b + n)
+            store(decay, at, factor)
+            store(h, at + states * LANES, value)
+            store(dC_c, at, load(dC_c, at) + dy * value)
+            y += value * entry(C, c + n)
+        store(y_c, own, y)
 
 
 @_inner
-def _store_tokens(rows, out, i, t0, steps, first, used):
-    for k in range(steps):
-        copy(rows[k, :used], out[i, t0 + k, first : first + used])
+def _retreat(
+    rates, d, delta_c, u_c, B, at_B, step_B, C, at_C, step_C, dy_c, steps, h, decay, g, du_c, dlog_c, dA_block, dB_c
+):  # fmt: skip
+    """Backwards through a chunk: ``g`` (N, WIDTH), the gradient of the state, and what it passes on.
+
+    ``dlog_c`` is the gradient of the step size through the decays, times log2(e).
+    """
+    states = rates.size // WIDTH
+    for k in range(steps - 1, -1, -1):
+        own, b, c = k * WIDTH + d, at_B + k * step_B, at_C + k * step_C
+        delta, u, dy = load(delta_c, own), load(u_c, own), load(dy_c, own)
+        du = dlog = dy - dy
+        for n in range(states):
+            at, of_state = (k * states + n) * LANES, n * WIDTH + d
+            dh = load(g, of_state) + dy * entry(C, c + n)
+            store(dB_c, at, load(dB_c, at) + dh * u)
+            du += dh * entry(B, b + n)
+            dh = dh * load(decay, at)
+            store(g, of_state, dh)
+            dh = dh * load(h, at)
+            dlog += dh * load(rates, of_state)
+            store(dA_block, of_state, load(dA_block, of_state) + dh * delta)
+        store(du_c, own, du)
+        store(dlog_c, own, dlog)
 
 
 @_inner
-def _prepare(dt_c, bias_block, x_c, D_block, steps, one, delta_c, u_c, y_c):
-    """What the state needs of the tokens of a chunk, and the skip connection in ``y_c``."""
-    for k in range(steps):
-        _step_and_input(dt_c[k], bias_block, x_c[k], one, delta_c[k], u_c[k])
-    for k in range(steps):
-        _skip(x_c[k], D_block, y_c[k])
+def _add_lanes(sums, count, target, first):
+    """``target`` from ``first`` on: each of ``count`` vectors added up, and 0 in their place."""
+    for at in range(count):
+        lanes_ = load(sums, at * LANES)
+        target[first + at] = total(lanes_)
+        store(sums, at * LANES, lanes_ - lanes_)
 
 
 @_inner
-def _decays(rates, delta_t, decay):
-    """exp(delta A) of one token, (N, WIDTH)."""
-    for n in range(rates.shape[0]):
-        rates_n, decay_n = rates[n], decay[n]
-        for d in range(WIDTH):
-            decay_n[d] = exp2(delta_t[d] * rates_n[d])
-
-
-@_inner
-def _replay(decay, before, after, u_t, B_t, C_t, y_t):
-    """:func:`_advance` that keeps every state: ``after`` (N, WIDTH) is the one that follows ``before``."""
-    for n in range(decay.shape[0]):
-        b, c = B_t[n], C_t[n]
-        decay_n, before_n, after_n = decay[n], before[n], after[n]
-        for d in range(WIDTH):
-            value = decay_n[d] * before_n[d] + u_t[d] * b
-            after_n[d] = value
-            y_t[d] += value * c
-
-
-@_inner
-def _retreat(g, decay, u_t, B_t, C_t, dy_t, du_t, dB_t):
-    """One token backwards: ``g`` (N, WIDTH), the gradient of the state, moves to the token before."""
-    for n in range(g.shape[0]):
-        b, c = B_t[n], C_t[n]
-        g_n, decay_n = g[n], decay[n]
-        db = b - b
-        for d in range(WIDTH):
-            dh = g_n[d] + dy_t[d] * c
-            db += dh * u_t[d]
-            du_t[d] += dh * b
-            g_n[d] = dh * decay_n[d]
-        dB_t[n] = db
-
-
-@_inner
-def _decay_gradients(g, before, after, rates, dy_t, zero, dlog_t, dC_t):
-    """What the decays pass on to the step size, times log2(e), given ``g`` before the token; and the gradient of C."""
-    for n in range(g.shape[0]):
-        g_n, before_n, after_n, rates_n = g[n], before[n], after[n], rates[n]
-        dc = zero
-        for d in range(WIDTH):
-            dlog_t[d] += g_n[d] * before_n[d] * rates_n[d]
-            dc += dy_t[d] * after_n[d]
-        dC_t[n] = dc
-
-
-@_inner
-def _rate_gradients(g, before, delta_t, dA_block):
-    for n in range(g.shape[0]):
-        g_n, before_n, dA_n = g[n], before[n], dA_block[n]
-        for d in range(WIDTH):
-            dA_n[d] += g_n[d] * before_n[d] * delta_t[d]
-
-
-@_inner
-def _gate_backward(z_c, dout_c, y_c, steps, one, dy_c):
-    """Gradient of the output before the gate, and in place of ``y_c`` that of the gate."""
-    for k in range(steps):
-        z_t, dout_t, y_t, dy_t = z_c[k], dout_c[k], y_c[k], dy_c[k]
-        for d in range(WIDTH):
-            opened = sigmoid(z_t[d], one)
-            y_t[d] *= dout_t[d] * opened * (one + z_t[d] * (one - opened))
-            dy_t[d] = dout_t[d] * z_t[d] * opened
-
-
-@_inner
-def _step_gradients(dt_c, bias_block, x_c, du_c, steps, one, ln2, dlog_c):
-    """In place of ``dlog_c`` the gradient of the step before softplus."""
-    for k in range(steps):
-        dt_t, x_t, du_t, dlog_t = dt_c[k], x_c[k], du_c[k], dlog_c[k]
-        for d in range(WIDTH):
+def _input_gradients(
+    dt_c, bias_block, x_c, z_c, dout_c, D_block, delta_c, dy_c, steps, one, ln2, y_c, du_c, dlog_c, dD_block
+):  # fmt: skip
+    """In place of ``y_c``, ``du_c`` and ``dlog_c`` the gradients of z, x and dt (before softplus)."""
+    for d in range(0, WIDTH, LANES):
+        bias, skip, dskip = load(bias_block, d), load(D_block, d), load(dD_block, d)
+        for at in range(d, steps * WIDTH, WIDTH):
+            x, z, dy, du = load(x_c, at), load(z_c, at), load(dy_c, at), load(du_c, at)
+            opened = sigmoid(z, one)
+            store(y_c, at, load(y_c, at) * load(dout_c, at) * opened * (one + z * (one - opened)))
             # not 1 - exp(-delta), of which a small delta leaves few digits
-            slope = sigmoid(dt_t[d] + bias_block[d], one)
-            dlog_t[d] = (dlog_t[d] * ln2 + du_t[d] * x_t[d]) * slope
-
-
-@_inner
-def _input_gradients(D_block, delta_c, dy_c, steps, du_c):
-    """In place of ``du_c`` the gradient of x."""
-    for k in range(steps):
-        delta_t, dy_t, du_t = delta_c[k], dy_c[k], du_c[k]
-        for d in range(WIDTH):
-            du_t[d] = du_t[d] * delta_t[d] + dy_t[d] * D_block[d]
-
-
-@_inner
-def _skip_gradients(x_c, dy_c, steps, dD_block):
-    for k in range(steps):
-        x_t, dy_t = x_c[k], dy_c[k]
-        for d in range(WIDTH):
-            dD_block[d] += dy_t[d] * x_t[d]
+            slope = sigmoid(load(dt_c, at) + bias, one)
+            store(dlog_c, at, (load(dlog_c, at) * ln2 + du * x) * slope)
+            store(du_c, at, du * load(delta_c, at) + dy * skip)
+            dskip += dy * x
+        store(dD_block, d, dskip)
 
 
 @_inner
 def _backward_job(
     x, dt, dt_bias, A, B, C, D, z, dout, strides, starts, dfinal, dx, ddt, dA, dB, dC, dD, dz, dinitial, i, block
 ):  # fmt: skip
-    length, (channels, states), dtype = dx.shape[1], A.shape, dx.dtype
+    (channels, states), dtype = A.shape, dx.dtype
+    length, blocks = dx.size // (dA.shape[0] * channels), starts.shape[2]
     first = block * WIDTH
     used = min(WIDTH, channels - first)
-    zero, one, ln2 = dtype.type(0), dtype.type(1), dtype.type(LN2)
+    one, ln2 = dtype.type(1), dtype.type(LN2)
     rates = load_rates(A, first, used, dtype)
     D_block, bias_block = load_channels(D, first, used, dtype), load_channels(dt_bias, first, used, dtype)
-    dA_block, dD_block = zeros(states, dtype), zeros(1, dtype)[0]
-    g = zeros(states, dtype)
-    decay = zeros(CHUNK * states, dtype).reshape(CHUNK, states, WIDTH)
-    h = zeros((CHUNK + 1) * states, dtype).reshape(CHUNK + 1, states, WIDTH)
-    x_c, dt_c, z_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
-    delta_c, u_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype)
-    y_c, dout_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype)
+    g, dA_block, dD_block = zeros(states, dtype), zeros(states, dtype), zeros(1, dtype)
+    h, decay = zeros((CHUNK + 1) * states, dtype, LANES), zeros(CHUNK * states, dtype, LANES)
+    dB_c, dC_c = zeros(CHUNK * states, dtype, LANES), zeros(CHUNK * states, dtype, LANES)
+    x_c, dt_c, z_c, dout_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
+    delta_c, u_c, y_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
     dy_c, du_c, dlog_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
     for d in range(used):
         for n in range(states):
-            g[n, d] = dfinal[i, first + d, n]
+            g[n * WIDTH + d] = dfinal[i, first + d, n]
     for chunk in range((length + CHUNK - 1) // CHUNK - 1, -1, -1):
         t0 = chunk * CHUNK
         steps = min(CHUNK, length - t0)
-        h[0] = starts[i, chunk, block]
-        _load_tokens(x, strides[0], i, t0, steps, first, used, x_c)
-        _load_tokens(dt, strides[1], i, t0, steps, first, used, dt_c)
-        _load_tokens(z, strides[4], i, t0, steps, first, used, z_c)
-        _load_tokens(dout, strides[5], i, t0, steps, first, used, dout_c)
+        start = starts[i, chunk, block]
+        fetch(x, i * strides[0, 0] + t0 * strides[0, 1] + first, strides[0, 1], steps, used, -CHUNK, x_c)
+        fetch(dt, i * strides[1, 0] + t0 * strides[1, 1] + first, strides[1, 1], steps, used, -CHUNK, dt_c)
+        fetch(z, i * strides[4, 0] + t0 * strides[4, 1] + first, strides[4, 1], steps, used, -CHUNK, z_c)
+        fetch(dout, i * strides[5, 0] + t0 * strides[5, 1] + first, strides[5, 1], steps, used, -CHUNK, dout_c)
         _prepare(dt_c, bias_block, x_c, D_block, steps, one, delta_c, u_c, y_c)
-        for k in range(steps):
-            B_t, C_t = row(B, strides[2], i, t0 + k, 0, states), row(C, strides[3], i, t0 + k, 0, states)
-            _decays(rates, delta_c[k], decay[k])
-            _replay(decay[k], h[k], h[k + 1], u_c[k], B_t, C_t, y_c[k])
-        _gate_backward(z_c, dout_c, y_c, steps, one, dy_c)
-        du_c[:] = 0
-        dlog_c[:] = 0
-        for k in range(steps - 1, -1, -1):
-            B_t, C_t = row(B, strides[2], i, t0 + k, 0, states), row(C, strides[3], i, t0 + k, 0, states)
-            _retreat(g, decay[k], u_c[k], B_t, C_t, dy_c[k], du_c[k], dB[i, block, t0 + k])
-            _decay_gradients(g, h[k], h[k + 1], rates, dy_c[k], zero, dlog_c[k], dC[i, block, t0 + k])
-            _rate_gradients(g, h[k], delta_c[k], dA_block)
-        _step_gradients(dt_c, bias_block, x_c, du_c, steps, one, ln2, dlog_c)
-        _input_gradients(D_block, delta_c, dy_c, steps, du_c)
-        _skip_gradients(x_c, dy_c, steps, dD_block)
-        _store_tokens(du_c, dx, i, t0, steps, first, used)
-        _store_tokens(dlog_c, ddt, i, t0, steps, first, used)
-        _store_tokens(y_c, dz, i, t0, steps, first, used)
+        _open_gate(z_c, dout_c, steps, one, dy_c)
+        at_B, at_C = i * strides[2, 0] + t0 * strides[2, 1], i * strides[3, 0] + t0 * strides[3, 1]
+        for d in range(0, WIDTH, LANES):
+            _replay(
+                rates, start, d, delta_c, u_c, B, at_B, strides[2, 1], C, at_C, strides[3, 1], dy_c, steps,
+                h, decay, y_c, dC_c,
+            )  # fmt: skip
+            _retreat(
+                rates, d, delta_c, u_c, B, at_B, strides[2, 1], C, at_C, strides[3, 1], dy_c, steps,
+                h, decay, g, du_c, dlog_c, dA_block, dB_c,
+            )  # fmt: skip
+        to = ((i * blocks + block) * length + t0) * states
+        _add_lanes(dB_c, steps * states, dB, to)
+        _add_lanes(dC_c, steps * states, dC, to)
+        _input_gradients(
+            dt_c, bias_block, x_c, z_c, dout_c, D_block, delta_c, dy_c, steps, one, ln2, y_c, du_c, dlog_c, dD_block
+        )  # fmt: skip
+        to = (i * length + t0) * channels + first
+        put(du_c, dx, to, channels, steps, used)
+        put(dlog_c, ddt, to, channels, steps, used)
+        put(y_c, dz, to, channels, steps, used)
     for d in range(used):
         dD[i, first + d] = dD_block[d]
         for n in range(states):
-            dA[i, first + d, n] = dA_block[n, d]
-            dinitial[i, first + d, n] = g[n, d]
+            dA[i, first + d, n] = dA_block[n * WIDTH + d]
+            dinitial[i, first + d, n] = g[n * WIDTH + d]
 
 
 @kernel
@@ -283,11 +259,11 @@ def backward(
 ):  # fmt: skip
     """All gradients. dA (B, D, N) and dD (B, D) per sequence, dB and dC (B, blocks, L, N) per block; the caller adds.
 
-    ``strides[i]`` holds (batch, token) of x, dt, B, C, z, dout in that order. ddt is the gradient before bias and
-    softplus; its sum over batch and tokens is the gradient of ``dt_bias``.
+    ``strides[i]`` holds (batch, token) of x, dt, B, C, z, dout in that order; dx, ddt, dz, dB and dC are flat. ddt is
+    the gradient before bias and softplus; its sum over batch and tokens is the gradient of ``dt_bias``.
     """
     blocks = (A.shape[0] + WIDTH - 1) // WIDTH
-    for job in numba.prange(dx.shape[0] * blocks):
+    for job in numba.prange(dA.shape[0] * blocks):
         _backward_job(
             x, dt, dt_bias, A, B, C, D, z, dout, strides, starts, dfinal, dx, ddt, dA, dB, dC, dD, dz, dinitial,
             job // blocks, job % blocks,
