@@ -151,7 +151,7 @@ def plan_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepPlan:
         shape = ModelConfig(**values["model"]["model"], vocab_size=values["data"]["init_args"]["vocab_size"])
         with torch.device("meta"):
             model = LanguageModel(shape, seed=None)
-        return Experiment(Path(name), Path(values["trainer"]["default_root_dir"]), model, None, values)
+        return Experiment(Path(name), Path(values["trainer"]["default_root_dir"]), model, None, values, None)
 
     others = {arm.experiment: described(arm.experiment) for arm in config.arms if arm.experiment}
     return make_plan(config, described(config.experiment), others)

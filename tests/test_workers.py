@@ -225,7 +225,7 @@ def test_workers_with_several_gpus_have_them_for_themselves(monkeypatch: pytest.
 )  # fmt: skip
 def test_who_trains_side_by_side(devices: Any, each: int | None, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    experiment = Experiment(Path("e.yaml"), Path("run"), None, None, {"trainer": {"devices": devices}})
+    experiment = Experiment(Path("e.yaml"), Path("run"), None, None, {"trainer": {"devices": devices}}, None)
     assert _wants_more_devices(experiment, each) is alone
 
 
