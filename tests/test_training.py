@@ -298,7 +298,7 @@ def test_learning_rates_rise_linearly_and_fall_as_a_cosine() -> None:
 SHAPE_CHANGES = {
     "d_model": 14, "n_layer": 4, "vocab_size": 25, "d_state": 4, "d_conv": 3, "expand": 3, "dt_rank": 5,
     "dt_min": 0.01, "dt_max": 0.5, "dt_init_floor": 0.05, "norm_eps": 1.0, "tie_embeddings": False,
-    "pad_vocab_size_multiple": 16, "bias": True, "conv_bias": False,
+    "pad_vocab_size_multiple": 16, "bias": True, "conv_bias": False, "d_intermediate": 8,
 }  # fmt: skip
 MAMBA2 = {"layer": "mamba2", "d_model": 16, "headdim": 8}
 MAMBA2_CHANGES = {"layer": "mamba1", "headdim": 16, "ngroups": 2}
