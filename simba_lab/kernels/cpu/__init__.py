@@ -220,17 +220,16 @@ def _impact(
 
     use_torch_threads()
     batch, length, channels = x.shape
-    groups = -(-channels // (impact.GROUP * impact.WIDTH))
-    lanes = x.new_full((batch, groups, length, impact.LANES), -torch.inf if reduce == "max" else 0)
-    (x_, dt_, B_), strides = _flat(x, dt, B)
-    array = lanes.view(-1).numpy()
+    jobs = -(-channels // impact.WIDTH)
+    best = x.new_empty(batch, jobs, length)
+    (x_, dt_), strides = _flat(x, dt)
+    weights, array = (B * C_boundary[:, None]).flatten().numpy(), best.view(-1).numpy()
     vanished = array.dtype.type(np.finfo(array.dtype).minexp)
     code = {"max": impact.MAX, "absmax": impact.ABSMAX, "l2": impact.L2}[reduce]
     impact.scores(
-        x_, dt_, _array(dt_bias), _array(A), B_, _array(C_boundary), _array(gate), strides, length, code, vanished,
-        groups, array,
+        x_, dt_, _array(dt_bias), _array(A), weights, _array(gate), strides, length, code, vanished, jobs, array
     )  # fmt: skip
-    return lanes.sum(1).sum(2).sqrt() if reduce == "l2" else lanes.amax(1).amax(2)
+    return best.sum(1).sqrt() if reduce == "l2" else best.amax(1)
 
 
 @_impact.register_fake

@@ -31,18 +31,18 @@ def zeros(rows, dtype, width=WIDTH):
 
 
 @_inner
-def load_rates(A, first, used, dtype):
-    """A (N, WIDTH) of a block of channels times log2(e): decays are powers of two."""
-    rates = zeros(A.shape[1], dtype)
+def load_rates(A, first, used, dtype, width=WIDTH):
+    """A (N, width) of a block of channels times log2(e): decays are powers of two."""
+    rates = zeros(A.shape[1], dtype, width)
     for d in range(used):
         for n in range(A.shape[1]):
-            rates[n * WIDTH + d] = A[first + d, n] * LOG2E
+            rates[n * width + d] = A[first + d, n] * LOG2E
     return rates
 
 
 @_inner
-def load_channels(values, first, used, dtype):
-    block = zeros(1, dtype)
+def load_channels(values, first, used, dtype, width=WIDTH):
+    block = zeros(1, dtype, width)
     block[:used] = values[first : first + used]
     return block
 
@@ -58,15 +58,15 @@ def move(source, at, count, target, to):
 
 
 @_inner
-def fetch(flat, at, stride, steps, used, ahead, rows):
-    """``used`` channels of ``steps`` tokens into ``rows`` (steps, WIDTH); a token begins ``stride`` after the last.
+def fetch(flat, at, stride, steps, used, ahead, rows, width=WIDTH):
+    """``used`` channels of ``steps`` tokens into ``rows`` (steps, width); a token begins ``stride`` after the last.
 
     Asks for those of the tokens ``ahead``, which come next: a row is too short for the processor to guess what follows.
     """
     for k in range(steps):
         for d in range(0, used, LANES):
             prefetch(flat, at + (k + ahead) * stride + d)
-        move(flat, at + k * stride, used, rows, k * WIDTH)
+        move(flat, at + k * stride, used, rows, k * width)
 
 
 @_inner

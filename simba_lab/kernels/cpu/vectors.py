@@ -148,16 +148,32 @@ _operator(operator.mul, operator.imul, "fmul")
 _operator(operator.truediv, operator.itruediv, "fdiv")
 
 
+def _reduced(name: str, builder: Any, value: Any, *start: Any) -> Any:
+    """The lanes of a vector combined into a number by one of LLVM's reductions."""
+    element = value.type.element
+    bits = 64 if isinstance(element, ir.DoubleType) else 32
+    kind = ir.FunctionType(element, [each.type for each in (*start, value)])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.{name}.v{LANES}f{bits}")
+    return builder.call(function, [*start, value], fastmath=("reassoc",))
+
+
 @intrinsic
 def total(typing_context, vector):  # noqa: ANN001, ANN202 - numba's own calling convention
     """Sum over the lanes."""
 
     def build(context, builder, signature, arguments):  # noqa: ANN001, ANN202
-        value = arguments[0]
-        element = value.type.element
-        name = f"llvm.vector.reduce.fadd.v{LANES}f{vector.element.bitwidth}"
-        reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(element, [element, value.type]), name)
-        return builder.call(reduce, [ir.Constant(element, 0.0), value], fastmath=("reassoc",))
+        zero = ir.Constant(arguments[0].type.element, 0.0)
+        return _reduced("fadd", builder, arguments[0], zero)
+
+    return vector.element(vector), build
+
+
+@intrinsic
+def maximum(typing_context, vector):  # noqa: ANN001, ANN202 - numba's own calling convention
+    """Largest of the lanes that are no NaN."""
+
+    def build(context, builder, signature, arguments):  # noqa: ANN001, ANN202
+        return _reduced("fmax", builder, arguments[0])
 
     return vector.element(vector), build
 
@@ -201,7 +217,7 @@ def all_at_most(typing_context, vector, bound):  # noqa: ANN001, ANN202 - numba'
     """Whether no lane is above a number, nor a NaN."""
 
     def build(context, builder, signature, arguments):  # noqa: ANN001, ANN202
-        limit = _spread(builder, bound, arguments[1])
+        limit = _spread(builder, vector.element, context.cast(builder, arguments[1], bound, vector.element))
         below = builder.fcmp_ordered("<=", arguments[0], limit)
         return builder.icmp_unsigned("==", builder.bitcast(below, ir.IntType(LANES)), ir.IntType(LANES)(2**LANES - 1))
 
