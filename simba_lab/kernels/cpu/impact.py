@@ -62,15 +62,23 @@ def _leave_out_vanished(rates, d, alive, count, last, vanished):
 
 @_inner
 def _impacts(rates, d, alive, count, weights, at, later_c, u_c, steps, impact_c):
-    """``impact_c`` (steps, LANES) in the channels at ``d``: decays, weighted and added over ``count`` states."""
+    """``impact_c`` (steps, LANES) in the channels at ``d``: decays, weighted and added over ``count`` states.
+
+    Two tokens at a time: either sum alone waits for itself.
+    """
     states = rates.size // WIDTH
-    for k in range(steps):
-        later, u = load(later_c, k * WIDTH + d), load(u_c, k * WIDTH + d)
-        impact = u - u
+    for k in range(0, steps, 2):
+        other = min(k + 1, steps - 1)
+        own, others = k * WIDTH + d, other * WIDTH + d
+        later, later_2 = load(later_c, own), load(later_c, others)
+        total_1 = total_2 = later - later
         for m in range(count):
-            n = alive[m]
-            impact += exp2(later * load(rates, n * WIDTH + d)) * entry(weights, at + k * states + n)
-        store(impact_c, k * LANES, impact * u)
+            n = entry(alive, m)
+            rate = load(rates, n * WIDTH + d)
+            total_1 += exp2(later * rate) * entry(weights, at + k * states + n)
+            total_2 += exp2(later_2 * rate) * entry(weights, at + other * states + n)
+        store(impact_c, k * LANES, total_1 * load(u_c, own))
+        store(impact_c, other * LANES, total_2 * load(u_c, others))
 
 
 @_inner
