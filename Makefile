@@ -50,8 +50,9 @@ tasks: $(STAMP)  ## write the six benchmarks for the evaluation harness to runs/
 bench: $(STAMP)  ## time ours beside others: BENCH=cpu (default), or with a GPU kernels, prefill, train, decode
 	@$(BIN)/simba-lab bench $(BENCH) $(ARGS)
 
-bench-table: $(STAMP)  ## write the README's GPU table again from experiments/bench/*.json
-	@$(BIN)/simba-lab bench table $(sort $(wildcard experiments/bench/*.json)) --into README.md
+bench-table: $(STAMP)  ## write the GPU tables again from experiments/bench/*.json: the README's, and all lines beside them
+	@$(BIN)/simba-lab bench table $(sort $(wildcard experiments/bench/*.json)) --aimed --into README.md
+	@$(BIN)/simba-lab bench table $(sort $(wildcard experiments/bench/*.json)) --into experiments/bench/README.md
 
 doctor: $(STAMP)  ## say what is installed and which backends work here
 	@$(BIN)/simba-lab doctor $(ARGS)

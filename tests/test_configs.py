@@ -60,8 +60,10 @@ def test_there_is_something_to_test() -> None:
 def test_an_experiment_runs_two_steps(path: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     lab = tiny.lab(tmp_path_factory.getbasetemp())
     given = SMALL | {"trainer.default_root_dir": tmp_path / "run"}
-    if read(path)["data"]["class_path"].endswith("TextData"):
-        given |= {"data.source": lab.text, "data.vocab_size": 300, "data.length": 40, "data.cache_dir": lab.cache}
+    if read(path)["data"]["class_path"].endswith(("TextData", "DrillData")):
+        length = 40 if read(path)["data"]["class_path"].endswith("TextData") else 150
+        given |= {"data.source": lab.text, "data.vocab_size": 300, "data.length": length, "data.cache_dir": lab.cache}
+        given |= {"data.num_workers": 0}
         # The ladder's books are not part of the project, and a CPU trains in fp32.
         given |= {"data.validation_source": "null", "data.test_source": "null", "trainer.precision": "32-true"}
         given["data.tokenizer"] = "bpe"

@@ -433,6 +433,14 @@ def test_a_progress_bar_knows_where_a_run_ends(trained: tuple[str, Path]) -> Non
     assert ends.seen == [4, 2]
 
 
+def test_the_progress_bar_can_be_turned_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for shown in (True, False):
+        folder = tmp_path / str(shown)
+        assert fit(folder, {"trainer.enable_progress_bar": shown, "trainer.max_steps": 2}) == 0
+        assert ("step 2/2" in capsys.readouterr().out) is shown
+        assert len(losses(folder)) == 2
+
+
 def rewrite_golden(write: Callable[[str], Any] = print) -> None:
     """Train both runs and write their losses down."""
     golden = {}

@@ -229,6 +229,14 @@ def test_who_trains_side_by_side(devices: Any, each: int | None, alone: bool, mo
     assert _wants_more_devices(experiment, each) is alone
 
 
+def test_one_named_gpu_is_no_device_for_several_workers(
+    lab: tiny.Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = lab.sweep(tmp_path / "named.yaml", {"device": "cuda:1"})
+    line = tiny.mistake(capsys, "sweep", "--config", file, "--workers", "2")
+    assert "device: cuda:1 is one GPU, and every worker has its own; give auto or cuda" in line
+
+
 def test_more_gpus_than_there_are_is_a_mistake(
     lab: tiny.Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,19 +29,23 @@ def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
     return results
 
 
-def markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """A paragraph per place and date of measurement, then one table of all lines.
+def markdown(results: Sequence[Mapping[str, Any]], aimed: bool = False) -> str:
+    """A paragraph per place and date of measurement, then one table of all lines, or of those with an aim.
 
     Raises InputError for a result that no bench wrote.
     """
     try:
         sources = dict.fromkeys(source(result) for result in results)
-        rows = [tuple(map(str, cells(line))) for result in results for line in result["lines"]]
+        rows = [tuple(map(str, cells(line))) for line in _lines(results, aimed)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"bench table: not as bench writes it: {type(error).__name__} {str(error)[:80]}") from None
     table = [HEADINGS, ("---",) * len(HEADINGS), *rows]
     body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     return "\n\n".join([*sources, "\n".join(body)]) + "\n"
+
+
+def _lines(results: Sequence[Mapping[str, Any]], aimed: bool) -> list[Mapping[str, Any]]:
+    return [line for result in results for line in result["lines"] if not aimed or line["target"] is not None]
 
 
 def insert(text: str, path: Path) -> None:

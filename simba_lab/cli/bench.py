@@ -99,6 +99,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_table(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="RESULT", help="what --json of a GPU bench wrote")
     parser.add_argument("--into", type=Path, metavar="FILE", help="put the table between the markers in FILE")
+    parser.add_argument("--aimed", action="store_true", help="only lines that have a target")
 
 
 _ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
@@ -217,7 +218,7 @@ def _cuda_device(target: str) -> torch.device:
 def _run_table(args: argparse.Namespace) -> dict[str, Any]:
     from simba_lab.bench.table import insert, markdown, read
 
-    text = markdown(read(args.files))
+    text = markdown(read(args.files), args.aimed)
     if args.into is None:
         print(text, end="")
     else:

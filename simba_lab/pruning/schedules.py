@@ -154,14 +154,20 @@ class Geometric(KeepSchedule):
 
 @SCHEDULES.register("highway_top")
 class HighwayTop(KeepSchedule):
-    """Dense below ``from_layer`` (a share of the depth in (0, 1), or a layer index of 1 or more), then ``keep``."""
+    """Dense below ``from_layer`` (a share of the depth in (0, 1), or a layer index of 1 or more), then ``keep``.
+
+    ``below`` is the share between the first layer and ``from_layer``, if that is not to be dense; at least ``keep``.
+    Where a model looks facts up in one layer, this keeps them until then (experiments/LOG.md).
+    """
 
     knob = "keep"
 
     def __init__(
-        self, keep: float | None = None, from_layer: float = 0.5, multiple_of: int = 1, every: int = 1
-    ) -> None:
+        self, keep: float | None = None, from_layer: float = 0.5, below: float = 1.0, multiple_of: int = 1,
+        every: int = 1,
+    ) -> None:  # fmt: skip
         self.keep = share_in_range("highway_top", "keep", keep)
+        self.below = share_in_range("highway_top", "below", below)
         if not (0 < from_layer < 1 or (from_layer >= 1 and float(from_layer).is_integer())):
             wanted = "a share in (0, 1) or a layer index of 1 or more"
             raise InputError(f"schedule highway_top: from_layer must be {wanted}, got {from_layer}")
@@ -173,7 +179,8 @@ class HighwayTop(KeepSchedule):
         if not 1 <= first < n_layers:
             where = f"from_layer {self.from_layer} leaves no layer of {n_layers} to prune"
             raise InputError(f"schedule highway_top: {where}")
-        return [1.0 if layer < first else float(self.keep) for layer in range(n_layers)]
+        keep = float(self.keep)
+        return [1.0, *(max(keep, self.below) if layer < first else keep for layer in range(1, n_layers))]
 
 
 @SCHEDULES.register("knots")

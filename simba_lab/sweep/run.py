@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from simba_lab.budget import Solution, check_realised, seal, verify
+from simba_lab.errors import InputError
 from simba_lab.files import clear_partial, write_json
 from simba_lab.model import LanguageModel
 from simba_lab.sweep.config import SweepConfig
@@ -35,6 +36,8 @@ def run_sweep(
     and share the folder run one study. Raises BudgetMismatch before anything is trained if the arms cannot be matched,
     and after the measurement if what ran is not what was planned; InputError for wrong input.
     """
+    if config.device.startswith("cuda:") and (workers > 1 or gpus_per_worker is not None):
+        raise InputError(f"device: {config.device} is one GPU, and every worker has its own; give auto or cuda")
     folder = Path(config.folder or f"runs/sweeps/{name}")
     base = read_experiment(Path(config.experiment))
     others = {entry.experiment: read_experiment(Path(entry.experiment)) for entry in config.arms if entry.experiment}

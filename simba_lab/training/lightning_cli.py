@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from jsonargparse.typing import register_type
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -107,6 +108,9 @@ class Cli(LightningCLI):
             kwargs["plugins"] = [WholeCheckpoints()]
         if config.trainer.strategy == sharding.NAME:
             kwargs["strategy"] = sharding.ShardedLayers()
+        if config.trainer.enable_progress_bar is False:
+            callbacks = self.trainer_defaults["callbacks"]
+            self.trainer_defaults["callbacks"] = [c for c in callbacks if not isinstance(c, ProgressBar)]
         sharding.check_strategy(self._get(self.config_init, "trainer")["strategy"])
         return super().instantiate_trainer(**kwargs)
 
