@@ -16,7 +16,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 FILES = {
     "pair": "pairs", "curve": "curve", "tuned": "tuned", "from_scratch": "from_scratch", "search": "search",
-    "recall": "recall", "shorter": "shorter",
+    "recall": "recall", "shorter": "shorter", "transfer": "transfer",
 }  # fmt: skip
 OF_SWEEP = (
     "created command budget_flops tolerance budget_reference metric protocol n_context n_suffix far_distance windows "
