@@ -82,7 +82,15 @@ _LAYER_FLOPS: dict[str, Callable[[ModelConfig, int], dict[str, int]]] = {
 def scored_shape(config: ModelConfig, tokens: int) -> ScoredShape:
     """Sizes on which the cost of scoring ``tokens`` tokens may depend."""
     heads, groups = (config.nheads, config.ngroups) if config.layer == "mamba2" else (None, 1)
-    return ScoredShape(tokens, config.d_model, config.d_inner, config.d_state, heads, groups)
+    return ScoredShape(
+        tokens, config.d_model, config.d_inner, config.d_state, heads, groups, look_ahead_flops(config, tokens)
+    )
+
+
+def look_ahead_flops(config: ModelConfig, tokens: int) -> int:
+    """FLOPs of a layer's mixer up to its scan: what a criterion pays that looks into a later layer."""
+    after = {"selective_scan", "ssd", "out_proj", "fc1", "fc2"}
+    return sum(flops for op, flops in layer_flops(config, tokens).items() if op not in after)
 
 
 def forward_flops(

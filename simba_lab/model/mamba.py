@@ -137,16 +137,23 @@ class Mixer(nn.Module):
     def forward(
         self, hidden: Tensor, backend: Backend, state: LayerState | None = None, neighbours: Tensor | None = None
     ) -> tuple[Tensor, LayerState, MixerSignals]:
+        signals, conv = self.signals(hidden, backend, state, neighbours)
+        x, dt, B, C, z = signals.x, signals.dt, signals.B, signals.C, signals.z
+        y, ssm = backend.selective_scan(x, dt, self.dt_proj.bias, self.A, B, C, self.D, z, state.ssm if state else None)
         tokens = hidden.shape[0] * hidden.shape[1]
+        charge(self.layer, "selective_scan", selective_scan(tokens, *self.A_log.shape), y)
+        return self.out_proj(y, backend), LayerState(conv, ssm), signals
+
+    def signals(
+        self, hidden: Tensor, backend: Backend, state: LayerState | None = None, neighbours: Tensor | None = None
+    ) -> tuple[MixerSignals, Tensor]:
+        """What goes into the scan, and the last inputs of the convolution."""
         x, z = self.in_proj(hidden, backend).chunk(2, dim=-1)
         weight = self.conv1d.weight[:, 0]
         x, conv = convolved(x, weight, self.conv1d.shift, backend, state, neighbours)
-        charge(self.layer, "causal_conv", causal_conv(tokens, *weight.shape), x)
+        charge(self.layer, "causal_conv", causal_conv(hidden.shape[0] * hidden.shape[1], *weight.shape), x)
         dt, B, C = self.x_proj(x, backend).split(self.split, dim=-1)
-        dt = self.dt_proj(dt, backend)
-        y, ssm = backend.selective_scan(x, dt, self.dt_proj.bias, self.A, B, C, self.D, z, state.ssm if state else None)
-        charge(self.layer, "selective_scan", selective_scan(tokens, *self.A_log.shape), y)
-        return self.out_proj(y, backend), LayerState(conv, ssm), MixerSignals(x, dt, B, C, z)
+        return MixerSignals(x, self.dt_proj(dt, backend), B, C, z), conv
 
     @torch.no_grad()
     def initialise(self, config: ModelConfig, generator: torch.Generator) -> None:

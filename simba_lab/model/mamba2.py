@@ -76,21 +76,26 @@ class Mamba2Mixer(nn.Module):
     def forward(
         self, hidden: Tensor, backend: Backend, state: LayerState | None = None, neighbours: Tensor | None = None
     ) -> tuple[Tensor, LayerState, MixerSignals]:
-        tokens = hidden.shape[0] * hidden.shape[1]
-        z, xBC, dt = self.in_proj(hidden, backend).split(self.split, dim=-1)
-        weight = self.conv1d.weight[:, 0]
-        xBC, conv = convolved(xBC, weight, self.conv1d.shift, backend, state, neighbours)
-        charge(self.layer, "causal_conv", causal_conv(tokens, *weight.shape), xBC)
-        (heads, width), (groups, states) = self.heads, self.groups
-        x, B, C = xBC.split((heads * width, groups * states, groups * states), dim=-1)
-        B, C = B.unflatten(-1, self.groups), C.unflatten(-1, self.groups)
-        initial = state.ssm if state else None
+        signals, conv = self.signals(hidden, backend, state, neighbours)
+        x, dt, B, C, initial = signals.x, signals.dt, signals.B, signals.C, state.ssm if state else None
         y, ssm = backend.ssd(
             x.unflatten(-1, self.heads), dt, self.dt_bias, self.A, B, C, self.D, initial, self.chunk_size
         )
-        charge(self.layer, "ssd", ssd(tokens, heads * width, states), y)
-        y = self.norm(y.flatten(-2), z, backend)
-        return self.out_proj(y, backend), LayerState(conv, ssm), MixerSignals(x, dt, B, C, z)
+        charge(self.layer, "ssd", ssd(hidden.shape[0] * hidden.shape[1], x.shape[-1], self.groups[1]), y)
+        y = self.norm(y.flatten(-2), signals.z, backend)
+        return self.out_proj(y, backend), LayerState(conv, ssm), signals
+
+    def signals(
+        self, hidden: Tensor, backend: Backend, state: LayerState | None = None, neighbours: Tensor | None = None
+    ) -> tuple[MixerSignals, Tensor]:
+        """As in Mamba-1."""
+        z, xBC, dt = self.in_proj(hidden, backend).split(self.split, dim=-1)
+        weight = self.conv1d.weight[:, 0]
+        xBC, conv = convolved(xBC, weight, self.conv1d.shift, backend, state, neighbours)
+        charge(self.layer, "causal_conv", causal_conv(hidden.shape[0] * hidden.shape[1], *weight.shape), xBC)
+        (heads, width), (groups, states) = self.heads, self.groups
+        x, B, C = xBC.split((heads * width, groups * states, groups * states), dim=-1)
+        return MixerSignals(x, dt, B.unflatten(-1, self.groups), C.unflatten(-1, self.groups), z), conv
 
     @torch.no_grad()
     def initialise(self, config: ModelConfig, generator: torch.Generator) -> None:

@@ -65,6 +65,7 @@ class Signals:
     positions: Tensor  # (B, k) int64, original positions, ascending
     sequence_key: Tensor = _OnDemand()  # (B,) int64, a hash of the context's token ids
     channel_norms: Tensor | None = _OnDemand(optional=True)  # (D,) how far a channel moves the residual stream
+    ahead: LookAhead | None = None  # what a later layer would make of these tokens
 
     @property
     def delta(self) -> Tensor:
@@ -87,12 +88,30 @@ class Signals:
         (_, tokens, inner), width, states = self.x.shape, self.hidden.shape[-1], self.B.shape[-1]
         heads, groups = (self.A.shape[0], self.B.shape[2]) if self.per_head else (None, 1)
         sizes = [None if size is None else int(size) for size in (tokens, width, inner, states, heads, groups)]
-        return ScoredShape(*sizes)
+        return ScoredShape(*sizes, 0 if self.ahead is None else self.ahead.flops)
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    """A later layer's mixer, up to its scan, on the residual stream as it is now.
+
+    Attributes:
+        signals: (layer, stream (B, k, M)) to the signals of that layer, which itself may not look further.
+        n_layers: of the model.
+        flops: of one call for one sequence.
+    """
+
+    signals: Callable[[int, Tensor], Signals]
+    n_layers: int
+    flops: int
 
 
 @dataclass(frozen=True)
 class ScoredShape:
-    """Sizes a criterion's cost may depend on; ``n_heads`` None means a step size for every channel, as in Mamba-1."""
+    """Sizes a criterion's cost may depend on; ``n_heads`` None means a step size for every channel, as in Mamba-1.
+
+    ``ahead``: FLOPs of looking into a later layer once.
+    """
 
     n_tokens: int
     d_model: int
@@ -100,6 +119,7 @@ class ScoredShape:
     d_state: int
     n_heads: int | None = None
     n_groups: int = 1
+    ahead: int = 0
 
     @property
     def n_steps(self) -> int:

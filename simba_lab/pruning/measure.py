@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +60,23 @@ _OURS: dict[str, Callable[..., int]] = {
 }
 
 
+# The counters that count now, the innermost last; None where a cost is stated.
+_counters: ContextVar[tuple[OperationCounter | None, ...]] = ContextVar("counters", default=())
+
+
+@contextmanager
+def stated_cost(flops: int) -> Iterator[None]:
+    """What runs inside is counted as ``flops`` and not op by op: a part of the model that a criterion calls."""
+    for counter in _counters.get()[-1:]:
+        if counter is not None:
+            counter.flops += flops
+    token = _counters.set((*_counters.get(), None))
+    try:
+        yield
+    finally:
+        _counters.reset(token)
+
+
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
@@ -74,9 +93,19 @@ class OperationCounter(TorchDispatchMode):
         super().__init__()
         self.flops = 0
 
+    def __enter__(self) -> OperationCounter:
+        self._token = _counters.set((*_counters.get(), self))
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        _counters.reset(self._token)
+        super().__exit__(*raised)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        if _counters.get()[-1] is None:
+            return output
         packet = func.overloadpacket
         if func.namespace == "simba_lab":
             self.flops += _OURS[packet.__name__](*args)

@@ -1,0 +1,159 @@
+"""Scores of a later layer from the stream of now: what they are, what they cost, and that they see nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from simba_lab.budget.count import verify
+from simba_lab.errors import InputError
+from simba_lab.kernels.cost import Ledger, recording
+from simba_lab.model import LanguageModel, ModelConfig
+from simba_lab.model.cost import look_ahead_flops
+from simba_lab.pruning import CRITERIA, Criterion, LookaheadImpact, Signals
+from simba_lab.pruning.measure import check_measured
+
+CONFIGS = {
+    "mamba1": ModelConfig(16, 5, 40, d_state=4),
+    "mamba2": ModelConfig(16, 5, 40, d_state=8, layer="mamba2", headdim=8, ngroups=2, chunk_size=8),
+}
+N_CONTEXT, N_SUFFIX, TARGET = 37, 6, 3
+
+
+class Spy(Criterion):
+    """Scores as another criterion and keeps what it saw."""
+
+    op = "none"
+
+    def __init__(self, inner: Any = "recency") -> None:
+        self.inner, self.seen = CRITERIA.build(inner), []
+
+    def score(self, signals: Signals) -> torch.Tensor:
+        self.seen.append((signals, self.inner.score(signals)))
+        return self.seen[-1][1]
+
+    def flops(self, shape: Any) -> int:
+        return 0
+
+
+@pytest.fixture(params=CONFIGS)
+def lm(request: pytest.FixtureRequest) -> LanguageModel:
+    return LanguageModel(CONFIGS[request.param], seed=0).double()
+
+
+def tokens(batch: int = 3) -> torch.Tensor:
+    return torch.randint(40, (batch, N_CONTEXT + N_SUFFIX), generator=torch.Generator().manual_seed(1))
+
+
+def pruned(lm: LanguageModel, criterion: Any, convolution: str = "adjacent") -> LanguageModel:
+    return lm.sparsified(criterion, "linear", final_keep=0.2, convolution=convolution)
+
+
+@pytest.mark.parametrize("convolution", ["compacted", "adjacent"])
+def test_scores_are_those_of_the_later_layer_on_the_stream_of_now(lm: LanguageModel, convolution: str) -> None:
+    spy = Spy(LookaheadImpact(TARGET))
+    with torch.no_grad():
+        pruned(lm, spy, convolution)(tokens(), n_context=N_CONTEXT)
+    own = CRITERIA.build({"class_path": "global_impact", "init_args": {"reduce": "absmax"}})
+    block = lm.backbone.layers[TARGET]
+    for signals, scores in spy.seen:
+        if signals.layer >= TARGET:
+            torch.testing.assert_close(scores, own.score(signals), rtol=0, atol=0)
+            continue
+        stream, positions = signals.hidden, signals.positions
+        normed = stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + block.norm.eps) * block.norm.weight
+        neighbours = None
+        if convolution == "adjacent" and positions.shape[1] < N_CONTEXT:
+            neighbours = lm.backend.true_neighbours(positions, N_CONTEXT, 0, lm.config.d_conv)
+        with torch.no_grad():
+            _, _, later = block.mixer(normed, lm.backend, None, neighbours)
+        fields = {name: getattr(later, name) for name in ("x", "dt", "B", "C", "z")}
+        read = Signals(
+            layer=TARGET, backend=lm.backend, dt_bias=block.mixer.dt_bias, A=block.mixer.A, hidden=stream,
+            positions=positions, sequence_key=lambda: None, **fields,
+        )  # fmt: skip
+        torch.testing.assert_close(scores, own.score(read).to(scores.dtype), rtol=1e-9, atol=1e-12)
+    assert [signals.layer for signals, _ in spy.seen] == [0, 1, 2, 3]
+
+
+def test_a_share_of_the_depth_names_the_same_layer(lm: LanguageModel) -> None:
+    one, other = (pruned(lm, LookaheadImpact(layer))(tokens(), n_context=N_CONTEXT) for layer in (3, 0.6))
+    assert all(torch.equal(a, b) for a, b in zip(one.kept, other.kept, strict=True))
+    third = pruned(lm, LookaheadImpact(4))(tokens(), n_context=N_CONTEXT)
+    assert not all(torch.equal(a, b) for a, b in zip(one.kept, third.kept, strict=True))
+
+
+@pytest.mark.parametrize("spread", [1, 4])
+def test_spread_shares_the_highest_score_around(lm: LanguageModel, spread: int) -> None:
+    narrow, wide = Spy(LookaheadImpact(TARGET)), Spy(LookaheadImpact(TARGET, spread))
+    for spy in (narrow, wide):
+        with torch.no_grad():
+            pruned(lm, spy)(tokens(), n_context=N_CONTEXT)
+    (_, scores), (_, shared) = narrow.seen[0], wide.seen[0]
+    for place in range(N_CONTEXT):
+        around = scores[:, max(0, place - spread) : place + spread + 1].amax(1)
+        assert torch.equal(shared[:, place], around)
+
+
+@pytest.mark.parametrize("spread", [0, 3])
+@pytest.mark.parametrize("convolution", ["compacted", "adjacent"])
+def test_the_cost_is_that_of_the_later_layer_up_to_its_scan(lm: LanguageModel, spread: int, convolution: str) -> None:
+    sparse = pruned(lm, LookaheadImpact(TARGET, spread), convolution)
+    closed = verify(sparse, N_CONTEXT, N_SUFFIX)
+    with recording(Ledger()) as ledger, torch.no_grad():
+        sparse(tokens(1), n_context=N_CONTEXT)
+    ran = {(layer, op): flops for (_, layer, op), flops in ledger.entries.items()}
+    assert ran == {key: flops for key, flops in closed.entries.items() if flops}
+    with recording(Ledger()) as ledger, torch.no_grad():
+        lm.backbone.layers[TARGET].mixer.signals(torch.zeros(1, 11, 16, dtype=torch.float64), lm.backend)
+    assert look_ahead_flops(lm.config, 11) == sum(ledger.entries.values()) > 0
+    own = pruned(lm, {"class_path": "global_impact", "init_args": {"reduce": "absmax"}}, convolution)
+    more = closed.entries[0, "score"] - own.flops(N_CONTEXT, N_SUFFIX).entries[0, "score"]
+    steps = 2 * lm.config.nheads * N_CONTEXT if lm.config.layer == "mamba2" else 0
+    shared = 2 * (spread + 1) * N_CONTEXT if spread else 0
+    assert more == look_ahead_flops(lm.config, N_CONTEXT) + shared + steps
+
+
+def test_what_it_executes_is_within_what_it_is_charged(lm: LanguageModel) -> None:
+    spy = Spy()
+    with torch.no_grad():
+        pruned(lm, spy)(tokens(), n_context=N_CONTEXT)
+        criterion = LookaheadImpact(TARGET, 2)
+        for signals, _ in spy.seen:
+            assert check_measured(criterion, signals).shape == signals.positions.shape
+        free = LookaheadImpact(TARGET, 2)
+        free.flops = lambda shape: shape.ahead // 2
+        with pytest.raises(InputError, match="but is charged"):
+            check_measured(free, spy.seen[0][0])
+
+
+def test_no_suffix_and_no_other_sequence_changes_what_is_kept(lm: LanguageModel) -> None:
+    sparse, whole = pruned(lm, LookaheadImpact(TARGET, 2)), tokens()
+    with torch.no_grad():
+        kept = sparse(whole, n_context=N_CONTEXT).kept
+        other = whole.clone()
+        other[:, N_CONTEXT:] = (other[:, N_CONTEXT:] + 7) % 40
+        again, before = sparse(other, n_context=N_CONTEXT).kept, sparse.prefill(whole[:, :N_CONTEXT]).kept
+        alone = sparse(whole[1:2], n_context=N_CONTEXT).kept
+    for layer, positions in enumerate(kept):
+        assert torch.equal(positions, again[layer]) and torch.equal(positions, before[layer])
+        assert torch.equal(positions[1:2], alone[layer])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer": 0}, "layer must be a share in"), ({"layer": 2.5}, "layer must be a share in"),
+        ({"spread": -1}, "spread must be"), ({"spread": True}, "spread must be"), ({"reduce": "mean"}, "reduce"),
+    ],
+)  # fmt: skip
+def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LookaheadImpact(**options)
+
+
+def test_a_layer_that_the_model_lacks_is_named(lm: LanguageModel) -> None:
+    with pytest.raises(InputError, match="layer 9 is none of 5"):
+        pruned(lm, LookaheadImpact(9))(tokens(), n_context=N_CONTEXT)
