@@ -29,7 +29,7 @@ TOKENS = 300e9
 REFERENCE = "768"
 """The bench case whose training speed is carried over to larger shapes: the shape of mamba-130m."""
 
-ONE_GPU, TWO_GPUS = 276_730, 458_608
+ONE_GPU, TWO_GPUS = 273_423, 525_644
 """Tokens per second of the 768 x 24 shape on one GPU and on two under ddp, measured in one session (README, Limits)."""
 BETWEEN_HOSTS = 0.9
 """Assumed: what is left of the efficiency when eight hosts exchange gradients through a network."""
@@ -48,10 +48,10 @@ def dense_flops(config: ModelConfig, length: int = LENGTH) -> float:
 
 
 @functools.cache
-def pruned_flops(config: ModelConfig) -> float:
-    """The same with 1,792 of 2,048 tokens pruned linearly to 10 % by global impact, logits on the suffix."""
+def pruned_flops(config: ModelConfig, length: int = LENGTH, context: int = CONTEXT) -> float:
+    """The same with the context pruned linearly to 10 % by global impact, logits on the suffix."""
     sparse = model_of(config).sparsified(criterion="global_impact", schedule="linear", final_keep=0.1)
-    return sparse.flops(CONTEXT, LENGTH - CONTEXT).training().total / LENGTH
+    return sparse.flops(context, length - context).training().total / length
 
 
 def lines(name: str) -> list[dict]:
@@ -59,11 +59,16 @@ def lines(name: str) -> list[dict]:
 
 
 def trained(case: str) -> tuple[float, float]:
-    """Tokens per second of a bench case, dense, and how much of what FLOPs promise its pruned form reached."""
-    what = f"training, {CASES[case].what}, "
-    found = [line for line in lines("train") if line["what"].startswith(what)]
-    dense, pruned = found
-    return dense["ours"], pruned["figure"]
+    """Tokens per second of a bench case, dense, and how much of what FLOPs promise its pruned form reached.
+
+    Both with the loss that each is trained with, on all positions and on the suffix.
+    """
+    about, names = CASES[case], sorted(path.stem for path in (HERE / "bench").glob("train-*.json"))
+    speeds = {line["what"]: line["ours"] for name in names for line in lines(name)}
+    what = f"training, {about.what}, "
+    dense, pruned = speeds[f"{what}dense"], speeds[f"{what}pruned linearly to 10% by global impact"]
+    promise = dense_flops(about.config, about.length) / pruned_flops(about.config, about.length, about.context)
+    return dense, pruned / dense / promise
 
 
 def forward_rate(name: str) -> float:

@@ -17,7 +17,8 @@ from test_checkpoint import Trap
 from simba_lab.pruning import KeepSchedule
 
 CRITERIA = (
-    "use one of banded_impact, blocks, global_impact, local_delta, norm, output_impact, query_impact, random, recency"
+    "use one of banded_impact, blocks, global_impact, local_delta, lookahead_impact, norm, output_impact, "
+    "query_impact, random, recency"
 )
 SCHEDULES = "use one of calibrated, geometric, highway_top, knots, linear, uniform"
 RISING = f"{__name__}.Rising"

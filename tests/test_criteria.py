@@ -16,7 +16,7 @@ from simba_lab.errors import InputError
 from simba_lab.kernels import resolve
 from simba_lab.kernels.cost import Ledger, recording
 from simba_lab.pruning import CRITERIA, Criterion, ScoredShape, Signals
-from simba_lab.pruning.criteria import sequence_key
+from simba_lab.pruning.criteria import LookAhead, sequence_key
 
 OPTIONS = {
     "global_impact": [{}, {"reduce": "absmax", "gated": True}, {"reduce": "l2"}],
@@ -28,9 +28,10 @@ OPTIONS = {
     "output_impact": [{}, {"reduce": "max", "gated": True}],
     "banded_impact": [{}, {"first": 3, "falloff": 0}],
     "blocks": [{"size": 4}, {"criterion": "random", "size": 3, "pool": "max"}],
+    "lookahead_impact": [{}, {"layer": 4, "spread": 2, "reduce": "l2"}, {"layer": 1}],
 }
-BEYOND_TOKENS = ("query_impact", "output_impact", "banded_impact", "blocks")
-"""Criteria that cost more, or less, than so much per token; tests/test_own_criteria.py says what."""
+BEYOND_TOKENS = ("query_impact", "output_impact", "banded_impact", "blocks", "lookahead_impact")
+"""Criteria that cost more, or less, than so much per token; test_own_criteria.py and test_lookahead.py say what."""
 SPECS = [{"class_path": name, "init_args": options} for name, variants in OPTIONS.items() for options in variants]
 every_criterion = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec['class_path']}-{spec['init_args']}")
 PER_SEQUENCE = ("x", "dt", "B", "C", "z", "hidden", "positions", "sequence_key")
@@ -47,13 +48,20 @@ def signals(
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     wide = torch.promote_types(dtype, torch.float32)
-    return Signals(
+    given = Signals(
         layer=2, backend=resolve(backend, "cpu"), x=draw(batch, tokens, channels), dt=draw(batch, tokens, channels),
         dt_bias=draw(channels), A=-torch.exp(draw(channels, states)).to(wide),
         B=draw(batch, tokens, states), C=draw(batch, tokens, states), z=draw(batch, tokens, channels),
         hidden=draw(batch, tokens, 5), positions=(2 * torch.arange(tokens) + 1).expand(batch, tokens),
         sequence_key=sequence_key(random_tokens(batch, 30)), channel_norms=draw(channels).abs().to(wide),
     )  # fmt: skip
+    weights = {"x": draw(5, channels), "dt": draw(5, channels), "B": draw(5, states), "C": draw(5, states)}
+
+    def ahead(layer: int, stream: Tensor) -> Signals:
+        later = {name: (stream[..., None] * weight).sum(-2) for name, weight in weights.items()}
+        return dataclasses.replace(given, layer=layer, hidden=stream, **later)
+
+    return dataclasses.replace(given, ahead=LookAhead(ahead, 8, tokens))
 
 
 def rows(given: Signals, order: list[int]) -> Signals:

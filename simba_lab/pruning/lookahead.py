@@ -7,6 +7,7 @@ from torch import Tensor
 
 from simba_lab.errors import InputError
 from simba_lab.pruning.criteria import (
+    CRITERIA,
     Criterion,
     ScoredShape,
     Signals,
@@ -16,6 +17,7 @@ from simba_lab.pruning.criteria import (
 )
 
 
+@CRITERIA.register("lookahead_impact")
 class LookaheadImpact(Criterion):
     """``global_impact`` as a later layer would compute it from the residual stream of now.
 
@@ -33,19 +35,19 @@ class LookaheadImpact(Criterion):
     def __init__(self, layer: float = 0.6, spread: int = 0, reduce: str = "absmax") -> None:
         if not (0 < layer < 1 or (layer >= 1 and float(layer).is_integer())):
             raise InputError(
-                f"criterion LookaheadImpact: layer must be a share in (0, 1) or an index of 1 or more, got {layer}"
+                f"criterion lookahead_impact: layer must be a share in (0, 1) or an index of 1 or more, got {layer}"
             )
         if isinstance(spread, bool) or not isinstance(spread, int) or spread < 0:
-            raise InputError(f"criterion LookaheadImpact: spread must be an integer of at least 0, got {spread!r}")
-        self.layer, self.spread, self.reduce = layer, spread, check_reduce("LookaheadImpact", reduce)
+            raise InputError(f"criterion lookahead_impact: spread must be an integer of at least 0, got {spread!r}")
+        self.layer, self.spread, self.reduce = layer, spread, check_reduce("lookahead_impact", reduce)
 
     def score(self, signals: Signals) -> Tensor:
         ahead = signals.ahead
         if ahead is None:
-            raise InputError("criterion LookaheadImpact: only a model's own layers can be looked ahead to")
+            raise InputError("criterion lookahead_impact: only a model's own layers can be looked ahead to")
         target = round(self.layer * ahead.n_layers) if self.layer < 1 else int(self.layer)
         if target >= ahead.n_layers:
-            raise InputError(f"criterion LookaheadImpact: layer {target} is none of {ahead.n_layers}")
+            raise InputError(f"criterion lookahead_impact: layer {target} is none of {ahead.n_layers}")
         read = signals if signals.layer >= target else ahead.signals(target, signals.hidden)
         scores = impact_on_boundary(read, read.C[:, -1], None, self.reduce)
         if self.spread:
