@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from simba_lab.data.associations import NOT_SCORED
 from simba_lab.data.checks import require_at_least, require_between, require_set
+from simba_lab.data.recall import STREAMS
 from simba_lab.data.recall_text import ANSWERS, FORMS, KEYS_OF, Fact, make_fact
 from simba_lab.data.recall_windows import encode_facts
 from simba_lab.data.text import TextData
@@ -25,7 +26,6 @@ from simba_lab.errors import InputError
 
 _Event = tuple[list[int], ...]
 """Tokens of a statement, of a question, its answer and the end of its sentence."""
-STREAMS = {"train": 0, "validation": 1}
 _LONGEST_LIST = 8
 _SHORTEST_WINDOW = 64
 
@@ -57,7 +57,7 @@ class DrillData(TextData):
     def dataset(self, split: str) -> Dataset:
         """All windows of a split, drilled but for `test`."""
         plain = super().dataset(split)
-        if split not in STREAMS:
+        if split == "test":
             return plain
         text_share = self.text_share if split == "train" else 0.0
         return DrillWindows(plain, self.tokenizer, self.facts, text_share, (self.seed, STREAMS[split]))

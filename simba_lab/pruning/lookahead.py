@@ -15,6 +15,7 @@ from simba_lab.pruning.criteria import (
     impact_flops,
     impact_on_boundary,
 )
+from simba_lab.pruning.depth import checked_depth, layer_at
 
 
 @CRITERIA.register("lookahead_impact")
@@ -33,19 +34,16 @@ class LookaheadImpact(Criterion):
     """
 
     def __init__(self, layer: float = 0.6, spread: int = 0, reduce: str = "absmax") -> None:
-        if not (0 < layer < 1 or (layer >= 1 and float(layer).is_integer())):
-            raise InputError(
-                f"criterion lookahead_impact: layer must be a share in (0, 1) or an index of 1 or more, got {layer}"
-            )
         if isinstance(spread, bool) or not isinstance(spread, int) or spread < 0:
             raise InputError(f"criterion lookahead_impact: spread must be an integer of at least 0, got {spread!r}")
-        self.layer, self.spread, self.reduce = layer, spread, check_reduce("lookahead_impact", reduce)
+        self.layer = checked_depth("criterion lookahead_impact", "layer", layer)
+        self.spread, self.reduce = spread, check_reduce("lookahead_impact", reduce)
 
     def score(self, signals: Signals) -> Tensor:
         ahead = signals.ahead
         if ahead is None:
             raise InputError("criterion lookahead_impact: only a model's own layers can be looked ahead to")
-        target = round(self.layer * ahead.n_layers) if self.layer < 1 else int(self.layer)
+        target = layer_at(self.layer, ahead.n_layers)
         if target >= ahead.n_layers:
             raise InputError(f"criterion lookahead_impact: layer {target} is none of {ahead.n_layers}")
         read = signals if signals.layer >= target else ahead.signals(target, signals.hidden)

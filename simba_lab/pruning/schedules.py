@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import Any, ClassVar
 
 from simba_lab.errors import InputError
+from simba_lab.pruning.depth import checked_depth, layer_at
 from simba_lab.registry import Registry, Spec
 
 
@@ -154,33 +155,23 @@ class Geometric(KeepSchedule):
 
 @SCHEDULES.register("highway_top")
 class HighwayTop(KeepSchedule):
-    """Dense below ``from_layer`` (a share of the depth in (0, 1), or a layer index of 1 or more), then ``keep``.
-
-    ``below`` is the share between the first layer and ``from_layer``, if that is not to be dense; at least ``keep``.
-    Where a model looks facts up in one layer, this keeps them until then (experiments/LOG.md).
-    """
+    """Dense below ``from_layer`` (a share of the depth in (0, 1), or a layer index of 1 or more), then ``keep``."""
 
     knob = "keep"
 
     def __init__(
-        self, keep: float | None = None, from_layer: float = 0.5, below: float = 1.0, multiple_of: int = 1,
-        every: int = 1,
-    ) -> None:  # fmt: skip
+        self, keep: float | None = None, from_layer: float = 0.5, multiple_of: int = 1, every: int = 1
+    ) -> None:
         self.keep = share_in_range("highway_top", "keep", keep)
-        self.below = share_in_range("highway_top", "below", below)
-        if not (0 < from_layer < 1 or (from_layer >= 1 and float(from_layer).is_integer())):
-            wanted = "a share in (0, 1) or a layer index of 1 or more"
-            raise InputError(f"schedule highway_top: from_layer must be {wanted}, got {from_layer}")
-        self.from_layer = from_layer
+        self.from_layer = checked_depth("schedule highway_top", "from_layer", from_layer)
         self.set_rounding("highway_top", multiple_of, every)
 
     def shares(self, n_layers: int) -> list[float]:
-        first = round(self.from_layer * n_layers) if self.from_layer < 1 else int(self.from_layer)
+        first = layer_at(self.from_layer, n_layers)
         if not 1 <= first < n_layers:
             where = f"from_layer {self.from_layer} leaves no layer of {n_layers} to prune"
             raise InputError(f"schedule highway_top: {where}")
-        keep = float(self.keep)
-        return [1.0, *(max(keep, self.below) if layer < first else keep for layer in range(1, n_layers))]
+        return [1.0 if layer < first else float(self.keep) for layer in range(n_layers)]
 
 
 @SCHEDULES.register("knots")
