@@ -16,7 +16,8 @@ from simba_lab.errors import InputError
 from simba_lab.kernels import resolve
 from simba_lab.kernels.cost import Ledger, recording
 from simba_lab.pruning import CRITERIA, Criterion, ScoredShape, Signals
-from simba_lab.pruning.criteria import LookAhead, sequence_key
+from simba_lab.pruning.hashing import sequence_key
+from simba_lab.pruning.signals import LookAhead
 
 OPTIONS = {
     "global_impact": [{}, {"reduce": "absmax", "gated": True}, {"reduce": "l2"}],

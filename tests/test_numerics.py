@@ -21,7 +21,7 @@ from simba_lab.evaluate.windows import score_windows
 from simba_lab.kernels import resolve
 from simba_lab.model import LanguageModel
 from simba_lab.pruning import CRITERIA, Criterion, Signals
-from simba_lab.pruning.criteria import sequence_key
+from simba_lab.pruning.hashing import sequence_key
 from simba_lab.training.guard import diagnosis, first_bad_weight
 from simba_lab.training.loss import TokenLoss
 

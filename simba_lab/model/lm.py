@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +10,13 @@ from torch import Tensor, nn
 
 from simba_lab.errors import InputError
 from simba_lab.kernels import Backend, check_name, resolve
-from simba_lab.kernels.cost import Ledger, charge, is_recording, recording, select
 from simba_lab.model.config import ModelConfig
-from simba_lab.model.cost import Breakdown, forward_flops, look_ahead_flops, scored_shape
-from simba_lab.model.mamba import Block, Kept, LayerState, MixerSignals, Projection, RMSNorm
+from simba_lab.model.context import Context
+from simba_lab.model.cost import Breakdown, forward_flops
+from simba_lab.model.mamba import Block, LayerState, Projection, RMSNorm
 from simba_lab.model.mixers import make_mixer
 from simba_lab.model.mlp import GatedMLP
-from simba_lab.pruning import PruningPlan, Signals
-from simba_lab.pruning.criteria import LookAhead, checked_scores, sequence_key
-from simba_lab.pruning.measure import stated_cost
-from simba_lab.pruning.select import select_tokens
+from simba_lab.pruning import PruningPlan
 from simba_lab.registry import Spec
 
 if TYPE_CHECKING:
@@ -190,71 +185,16 @@ class LanguageModel(nn.Module):
     def _layers(self, tokens: Tensor, n_context: int) -> tuple[Tensor, Tensor, list[Tensor], list[LayerState]]:
         backend, counts = self.backend, self.keep_counts(n_context)
         hidden, residual = self.backbone.embedding(tokens), None
-        position = torch.arange(n_context, device=tokens.device).expand(tokens.shape[0], n_context)
-        key = functools.cache(lambda: sequence_key(tokens[:, :n_context]))
+        context = Context(self, tokens, n_context)
         kept, states, going_on = [], [], None
         for layer, block in enumerate(self.backbone.layers):
-            kept.append(position)
-            neighbours = self._neighbours(position, n_context, tokens.shape[1] - n_context)
-            hidden, residual, state, signals = block(hidden, residual, backend, None, neighbours, going_on)
+            kept.append(context.positions)
+            hidden, residual, state, signals = block(hidden, residual, backend, None, context.neighbours(), going_on)
             states.append(state)
             going_on = None
             if layer + 1 < len(counts) and counts[layer + 1] < counts[layer]:
-                stream = functools.partial(_stream, hidden, residual, counts[layer])
-                ahead = functools.partial(self._ahead, position, n_context, key)
-                chosen, position = self._choose(layer, counts[layer + 1], signals, stream, position, key, ahead)
-                going_on = Kept(chosen, counts[layer])
+                going_on = context.prune(layer, counts[layer + 1], signals, hidden, residual)
         return hidden, residual, kept, states
-
-    def _neighbours(self, position: Tensor, n_context: int, n_suffix: int) -> Tensor | None:
-        """Tokens (B, k + n_suffix) directly before each in the text that are here too, as far as the convolution reads.
-
-        None while no token is missing, and in a model that convolves whatever is left.
-        """
-        if self.pruning is None or self.pruning.convolution == "compacted" or position.shape[1] == n_context:
-            return None
-        return self.backend.true_neighbours(position, n_context, n_suffix, self.config.d_conv)
-
-    def _choose(
-        self, layer: int, k: int, mixer: MixerSignals, stream: Callable[[], Tensor], position: Tensor,
-        key: Callable[[], Tensor], ahead: Callable[[int, Tensor], Signals],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Indices (B, k) of the surviving context tokens of ``layer`` that go on, and their positions (B, k)."""
-        plan, present = self.pruning, position.shape[1]
-        with torch.no_grad():
-            look = LookAhead(ahead, self.config.n_layer, look_ahead_flops(self.config, present))
-            signals = self._signals(layer, mixer, stream, position, key, look)
-            scores = checked_scores(plan.criterion, signals)
-            selected = select_tokens(self.backend, scores, position, k, plan.protect_recent)
-        if is_recording():  # the cost of a user's criterion is measured, which takes time
-            charge(layer, "score", position.shape[0] * plan.criterion.flops(scored_shape(self.config, present)))
-            charge(layer, "select", position.shape[0] * select(present))
-        return selected
-
-    def _signals(
-        self, layer: int, mixer: MixerSignals, stream: Callable[[], Tensor], position: Tensor,
-        key: Callable[[], Tensor], ahead: LookAhead | None,
-    ) -> Signals:  # fmt: skip
-        block, present = self.backbone.layers[layer].mixer, position.shape[1]
-        context = {name: getattr(mixer, name)[:, :present].detach() for name in ("x", "dt", "B", "C", "z")}
-        return Signals(
-            layer=layer, backend=self.backend, dt_bias=block.dt_bias, A=block.A, hidden=stream, positions=position,
-            sequence_key=key, channel_norms=lambda: block.channel_norms, ahead=ahead, **context,
-        )  # fmt: skip
-
-    def _ahead(
-        self, position: Tensor, n_context: int, key: Callable[[], Tensor], layer: int, stream: Tensor
-    ) -> Signals:
-        """What ``layer`` would compute for the tokens at ``position`` from ``stream`` (B, k, d_model) as it is.
-
-        A criterion's own work: it is charged as scoring, and not as that layer's.
-        """
-        block = self.backbone.layers[layer]
-        cost = len(stream) * look_ahead_flops(self.config, position.shape[1])
-        with recording(Ledger()), stated_cost(cost):
-            normed, _ = block.norm(stream.to(self.backbone.embedding.weight.dtype), None, self.backend)
-            mixer, _ = block.mixer.signals(normed, self.backend, None, self._neighbours(position, n_context, 0))
-            return self._signals(layer, mixer, lambda: stream, position, key, None)
 
     def _head(self, hidden: Tensor, residual: Tensor) -> Tensor:
         normed, _ = self.backbone.norm_f(hidden, residual, self.backend)
@@ -288,8 +228,3 @@ class LanguageModel(nn.Module):
             after.append(state)
         scored = slice(None if n_scored is None else -n_scored, None)
         return self._head(hidden[:, scored], residual[:, scored]), after
-
-
-def _stream(hidden: Tensor, residual: Tensor, present: int) -> Tensor:
-    """The residual stream of the context after a layer, whose own contribution ``hidden`` the next one would add."""
-    return hidden[:, :present] + residual[:, :present]

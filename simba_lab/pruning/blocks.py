@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from simba_lab.errors import InputError
-from simba_lab.pruning.criteria import CRITERIA, Criterion, ScoredShape, Signals, checked_scores
+from simba_lab.pruning.criteria import CRITERIA, Criterion, checked_scores
+from simba_lab.pruning.signals import ScoredShape, Signals
 
 if TYPE_CHECKING:
     from simba_lab.registry import Spec

@@ -13,15 +13,8 @@ from torch import Tensor
 
 from simba_lab.errors import InputError
 from simba_lab.kernels import cost
-from simba_lab.pruning.criteria import (
-    CRITERIA,
-    Criterion,
-    ScoredShape,
-    Signals,
-    check_reduce,
-    impact_flops,
-    impact_on_boundary,
-)
+from simba_lab.pruning.criteria import CRITERIA, Criterion, check_reduce, impact_flops, impact_on_boundary
+from simba_lab.pruning.signals import ScoredShape, Signals
 
 _OPERATIONS_PER_TOKEN = 26
 """Of banded_impact beside impact and sorts; a test counts them."""

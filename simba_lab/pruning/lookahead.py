@@ -6,16 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simba_lab.errors import InputError
-from simba_lab.pruning.criteria import (
-    CRITERIA,
-    Criterion,
-    ScoredShape,
-    Signals,
-    check_reduce,
-    impact_flops,
-    impact_on_boundary,
-)
+from simba_lab.pruning.criteria import CRITERIA, Criterion, check_reduce, impact_flops, impact_on_boundary
 from simba_lab.pruning.depth import checked_depth, layer_at
+from simba_lab.pruning.signals import ScoredShape, Signals
 
 
 @CRITERIA.register("lookahead_impact")

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from simba_lab.errors import InputError
-from simba_lab.kernels import cost
+from simba_lab.kernels import cost, resolve
+from simba_lab.pruning.signals import ScoredShape, Signals
 
 if TYPE_CHECKING:
-    from simba_lab.pruning.criteria import Criterion, ScoredShape, Signals
+    from simba_lab.pruning.criteria import Criterion
 
 # Ops that move or create data but compute nothing.
 _FREE = frozenset(
@@ -157,11 +158,8 @@ def check_measured(criterion: Criterion, signals: Signals) -> Tensor:
     return scores
 
 
-def meta_signals(shape: ScoredShape):  # noqa: ANN201 - Signals, imported late to keep the modules acyclic
+def meta_signals(shape: ScoredShape) -> Signals:
     """Signals of one sequence without data."""
-    from simba_lab.kernels import resolve
-    from simba_lab.pruning.criteria import Signals
-
     k, channels, steps = shape.n_tokens, shape.d_inner, shape.n_steps
     per_head = shape.n_heads is not None
     vector = (shape.n_groups, shape.d_state) if per_head else (shape.d_state,)
