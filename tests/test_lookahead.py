@@ -17,6 +17,7 @@ from simba_lab.pruning.measure import check_measured
 
 CONFIGS = {
     "mamba1": ModelConfig(16, 5, 40, d_state=4),
+    "biased": ModelConfig(16, 5, 40, d_state=4, bias=True),
     "mamba2": ModelConfig(16, 5, 40, d_state=8, layer="mamba2", headdim=8, ngroups=2, chunk_size=8),
 }
 N_CONTEXT, N_SUFFIX, TARGET = 37, 6, 3
@@ -40,7 +41,11 @@ class Spy(Criterion):
 
 @pytest.fixture(params=CONFIGS)
 def lm(request: pytest.FixtureRequest) -> LanguageModel:
-    return LanguageModel(CONFIGS[request.param], seed=0).double()
+    lm = LanguageModel(CONFIGS[request.param], seed=0).double()
+    for name, weight in lm.named_parameters():
+        if name.endswith("proj.bias"):
+            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(2))
+    return lm
 
 
 def tokens(batch: int = 3) -> torch.Tensor:
@@ -56,7 +61,7 @@ def test_scores_are_those_of_the_later_layer_on_the_stream_of_now(lm: LanguageMo
     spy = Spy(LookaheadImpact(TARGET))
     with torch.no_grad():
         pruned(lm, spy, convolution)(tokens(), n_context=N_CONTEXT)
-    own = CRITERIA.build({"class_path": "global_impact", "init_args": {"reduce": "absmax"}})
+    own = CRITERIA.build({"class_path": "global_impact", "init_args": {"reduce": "l2"}})
     block = lm.backbone.layers[TARGET]
     for signals, scores in spy.seen:
         if signals.layer >= TARGET:
@@ -75,6 +80,9 @@ def test_scores_are_those_of_the_later_layer_on_the_stream_of_now(lm: LanguageMo
             positions=positions, sequence_key=lambda: None, **fields,
         )  # fmt: skip
         torch.testing.assert_close(scores, own.score(read).to(scores.dtype), rtol=1e-9, atol=1e-12)
+        with torch.no_grad():
+            gate = signals.ahead.signals(TARGET, stream).z
+        torch.testing.assert_close(gate, later.z, rtol=1e-9, atol=1e-12)
     assert [signals.layer for signals, _ in spy.seen] == [0, 1, 2, 3]
 
 
@@ -85,34 +93,34 @@ def test_a_share_of_the_depth_names_the_same_layer(lm: LanguageModel) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(one.kept, third.kept, strict=True))
 
 
-@pytest.mark.parametrize("spread", [1, 4])
-def test_spread_shares_the_highest_score_around(lm: LanguageModel, spread: int) -> None:
-    narrow, wide = Spy(LookaheadImpact(TARGET)), Spy(LookaheadImpact(TARGET, spread))
+@pytest.mark.parametrize(("before", "after"), [(1, 0), (0, 2), (4, 1)])
+def test_neighbours_share_the_highest_score(lm: LanguageModel, before: int, after: int) -> None:
+    narrow, wide = Spy(LookaheadImpact(TARGET)), Spy(LookaheadImpact(TARGET, before, after))
     for spy in (narrow, wide):
         with torch.no_grad():
             pruned(lm, spy)(tokens(), n_context=N_CONTEXT)
     (_, scores), (_, shared) = narrow.seen[0], wide.seen[0]
     for place in range(N_CONTEXT):
-        around = scores[:, max(0, place - spread) : place + spread + 1].amax(1)
+        around = scores[:, max(0, place - after) : place + before + 1].amax(1)
         assert torch.equal(shared[:, place], around)
 
 
-@pytest.mark.parametrize("spread", [0, 3])
+@pytest.mark.parametrize("before", [0, 3])
 @pytest.mark.parametrize("convolution", ["compacted", "adjacent"])
-def test_the_cost_is_that_of_the_later_layer_up_to_its_scan(lm: LanguageModel, spread: int, convolution: str) -> None:
-    sparse = pruned(lm, LookaheadImpact(TARGET, spread), convolution)
+def test_the_cost_is_that_of_the_later_layer_up_to_its_scan(lm: LanguageModel, before: int, convolution: str) -> None:
+    sparse = pruned(lm, LookaheadImpact(TARGET, before, 1 if before else 0), convolution)
     closed = verify(sparse, N_CONTEXT, N_SUFFIX)
     with recording(Ledger()) as ledger, torch.no_grad():
         sparse(tokens(1), n_context=N_CONTEXT)
     ran = {(layer, op): flops for (_, layer, op), flops in ledger.entries.items()}
     assert ran == {key: flops for key, flops in closed.entries.items() if flops}
     with recording(Ledger()) as ledger, torch.no_grad():
-        lm.backbone.layers[TARGET].mixer.signals(torch.zeros(1, 11, 16, dtype=torch.float64), lm.backend)
+        lm.backbone.layers[TARGET].mixer.ungated(torch.zeros(1, 11, 16, dtype=torch.float64), lm.backend)
     assert look_ahead_flops(lm.config, 11) == sum(ledger.entries.values()) > 0
-    own = pruned(lm, {"class_path": "global_impact", "init_args": {"reduce": "absmax"}}, convolution)
+    own = pruned(lm, {"class_path": "global_impact", "init_args": {"reduce": "l2"}}, convolution)
     more = closed.entries[0, "score"] - own.flops(N_CONTEXT, N_SUFFIX).entries[0, "score"]
     steps = 2 * lm.config.nheads * N_CONTEXT if lm.config.layer == "mamba2" else 0
-    shared = 2 * (spread + 1) * N_CONTEXT if spread else 0
+    shared = (before + 3) * N_CONTEXT if before else 0
     assert more == look_ahead_flops(lm.config, N_CONTEXT) + shared + steps
 
 
@@ -120,17 +128,17 @@ def test_what_it_executes_is_within_what_it_is_charged(lm: LanguageModel) -> Non
     spy = Spy()
     with torch.no_grad():
         pruned(lm, spy)(tokens(), n_context=N_CONTEXT)
-        criterion = LookaheadImpact(TARGET, 2)
+        criterion = LookaheadImpact(TARGET, 2, 1)
         for signals, _ in spy.seen:
             assert check_measured(criterion, signals).shape == signals.positions.shape
-        free = LookaheadImpact(TARGET, 2)
+        free = LookaheadImpact(TARGET, 2, 1)
         free.flops = lambda shape: shape.ahead // 2
         with pytest.raises(InputError, match="but is charged"):
             check_measured(free, spy.seen[0][0])
 
 
 def test_no_suffix_and_no_other_sequence_changes_what_is_kept(lm: LanguageModel) -> None:
-    sparse, whole = pruned(lm, LookaheadImpact(TARGET, 2)), tokens()
+    sparse, whole = pruned(lm, LookaheadImpact(TARGET, 2, 1)), tokens()
     with torch.no_grad():
         kept = sparse(whole, n_context=N_CONTEXT).kept
         other = whole.clone()
@@ -146,7 +154,7 @@ def test_no_suffix_and_no_other_sequence_changes_what_is_kept(lm: LanguageModel)
     ("options", "message"),
     [
         ({"layer": 0}, "layer must be a share in"), ({"layer": 2.5}, "layer must be a share in"),
-        ({"spread": -1}, "spread must be"), ({"spread": True}, "spread must be"), ({"reduce": "mean"}, "reduce"),
+        ({"before": -1}, "before must be"), ({"after": True}, "after must be"), ({"reduce": "mean"}, "reduce"),
     ],
 )  # fmt: skip
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:

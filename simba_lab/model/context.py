@@ -69,7 +69,9 @@ class Context:
         self, positions: Tensor, layer: int, mixer: MixerSignals, stream: Callable[[], Tensor], ahead: LookAhead | None
     ) -> Signals:  # fmt: skip
         block, present = self._model.backbone.layers[layer].mixer, positions.shape[1]
-        context = {name: getattr(mixer, name)[:, :present].detach() for name in ("x", "dt", "B", "C", "z")}
+        context = {
+            name: value if callable(value) else value[:, :present].detach() for name, value in vars(mixer).items()
+        }
         return Signals(
             layer=layer, backend=self._model.backend, dt_bias=block.dt_bias, A=block.A, hidden=stream,
             positions=positions, sequence_key=self._key, channel_norms=lambda: block.channel_norms, ahead=ahead,
@@ -86,7 +88,7 @@ class Context:
         cost = len(stream) * look_ahead_flops(model.config, positions.shape[1])
         with recording(Ledger()), stated_cost(cost):
             normed, _ = block.norm(stream.to(model.backbone.embedding.weight.dtype), None, backend)
-            mixer, _ = block.mixer.signals(normed, backend, None, self._neighbours(positions, 0))
+            mixer = block.mixer.ungated(normed, backend, self._neighbours(positions, 0))
             return self._signals(positions, layer, mixer, lambda: stream, None)
 
 

@@ -88,9 +88,10 @@ def scored_shape(config: ModelConfig, tokens: int) -> ScoredShape:
 
 
 def look_ahead_flops(config: ModelConfig, tokens: int) -> int:
-    """FLOPs of a layer's mixer up to its scan: what a criterion pays that looks into a later layer."""
+    """FLOPs of a layer's mixer up to its scan, without its gate: what looking into a later layer costs a criterion."""
     after = {"selective_scan", "ssd", "out_proj", "fc1", "fc2"}
-    return sum(flops for op, flops in layer_flops(config, tokens).items() if op not in after)
+    before = sum(flops for op, flops in layer_flops(config, tokens).items() if op not in after)
+    return before - cost.linear(tokens, config.d_model, config.d_inner)
 
 
 def forward_flops(

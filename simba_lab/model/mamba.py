@@ -6,6 +6,7 @@ Parameter names are state-spaces' own.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +30,16 @@ class LayerState:
 
 @dataclass(frozen=True)
 class MixerSignals:
-    """What a mixer computed for all tokens it saw; names and shapes as in :class:`simba_lab.pruning.Signals`."""
+    """What a mixer computed for all tokens it saw; names and shapes as in :class:`simba_lab.pruning.Signals`.
+
+    ``z`` is a function of :meth:`Mixer.ungated`, which computes it only if it is called.
+    """
 
     x: Tensor
     dt: Tensor
     B: Tensor
     C: Tensor
-    z: Tensor
+    z: Tensor | Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,14 @@ class Projection(nn.Linear):
     def reset_parameters(self) -> None:
         """Weights are set once, by the model's own initialisation."""
 
-    def forward(self, x: Tensor, backend: Backend) -> Tensor:
-        out = backend.linear(x, self.weight)
-        charge(self.layer, self.op, linear(x.numel() // self.in_features, self.in_features, self.out_features), out)
-        return out if self.bias is None or self.bias_later else out + self.bias.to(out.dtype)
+    def forward(self, x: Tensor, backend: Backend, rows: slice | None = None) -> Tensor:
+        """``rows`` of the outputs alone, or all."""
+        weight, bias = self.weight, None if self.bias_later else self.bias
+        if rows is not None:
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        out = backend.linear(x, weight)
+        charge(self.layer, self.op, linear(x.numel() // self.in_features, self.in_features, len(weight)), out)
+        return out if bias is None else out + bias.to(out.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -149,11 +157,24 @@ class Mixer(nn.Module):
     ) -> tuple[MixerSignals, Tensor]:
         """What goes into the scan, and the last inputs of the convolution."""
         x, z = self.in_proj(hidden, backend).chunk(2, dim=-1)
+        inputs, conv = self._inputs(x, backend, state, neighbours)
+        return MixerSignals(*inputs, z), conv
+
+    def ungated(self, hidden: Tensor, backend: Backend, neighbours: Tensor | None = None) -> MixerSignals:
+        """:meth:`signals` of tokens from which no output is wanted: their gate is not computed unless it is read."""
+        inner = self.in_proj.out_features // 2
+        inputs, _ = self._inputs(self.in_proj(hidden, backend, slice(inner)), backend, None, neighbours)
+        return MixerSignals(*inputs, lambda: self.in_proj(hidden, backend, slice(inner, None)))
+
+    def _inputs(
+        self, x: Tensor, backend: Backend, state: LayerState | None, neighbours: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:  # fmt: skip
+        """x, dt, B and C of the scan, and the last inputs of the convolution."""
         weight = self.conv1d.weight[:, 0]
         x, conv = convolved(x, weight, self.conv1d.shift, backend, state, neighbours)
-        charge(self.layer, "causal_conv", causal_conv(hidden.shape[0] * hidden.shape[1], *weight.shape), x)
+        charge(self.layer, "causal_conv", causal_conv(x.shape[0] * x.shape[1], *weight.shape), x)
         dt, B, C = self.x_proj(x, backend).split(self.split, dim=-1)
-        return MixerSignals(x, self.dt_proj(dt, backend), B, C, z), conv
+        return (x, self.dt_proj(dt, backend), B, C), conv
 
     @torch.no_grad()
     def initialise(self, config: ModelConfig, generator: torch.Generator) -> None:

@@ -90,12 +90,25 @@ class Mamba2Mixer(nn.Module):
     ) -> tuple[MixerSignals, Tensor]:
         """As in Mamba-1."""
         z, xBC, dt = self.in_proj(hidden, backend).split(self.split, dim=-1)
+        inputs, conv = self._inputs(xBC, dt, backend, state, neighbours)
+        return MixerSignals(*inputs, z), conv
+
+    def ungated(self, hidden: Tensor, backend: Backend, neighbours: Tensor | None = None) -> MixerSignals:
+        """As in Mamba-1."""
+        inner, *rest = self.split
+        xBC, dt = self.in_proj(hidden, backend, slice(inner, None)).split(rest, dim=-1)
+        inputs, _ = self._inputs(xBC, dt, backend, None, neighbours)
+        return MixerSignals(*inputs, lambda: self.in_proj(hidden, backend, slice(inner)))
+
+    def _inputs(
+        self, xBC: Tensor, dt: Tensor, backend: Backend, state: LayerState | None, neighbours: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:  # fmt: skip
         weight = self.conv1d.weight[:, 0]
         xBC, conv = convolved(xBC, weight, self.conv1d.shift, backend, state, neighbours)
-        charge(self.layer, "causal_conv", causal_conv(hidden.shape[0] * hidden.shape[1], *weight.shape), xBC)
+        charge(self.layer, "causal_conv", causal_conv(xBC.shape[0] * xBC.shape[1], *weight.shape), xBC)
         (heads, width), (groups, states) = self.heads, self.groups
         x, B, C = xBC.split((heads * width, groups * states, groups * states), dim=-1)
-        return MixerSignals(x, dt, B.unflatten(-1, self.groups), C.unflatten(-1, self.groups), z), conv
+        return (x, dt, B.unflatten(-1, self.groups), C.unflatten(-1, self.groups)), conv
 
     @torch.no_grad()
     def initialise(self, config: ModelConfig, generator: torch.Generator) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,15 +24,15 @@ class LookaheadImpact(Criterion):
 
     Args:
         layer: the layer that looks, an index of 1 or more, or a share of the depth in (0, 1).
-        spread: so many tokens on either side share a token's score if theirs is lower: a fact is more than its answer.
-        reduce: over channels, as in ``global_impact``.
+        before, after: so many tokens before and after a token share its score if theirs is lower: what is read in one
+            place was said in those before it.
+        reduce: over channels, as in ``global_impact``; a fact is spread over many.
     """
 
-    def __init__(self, layer: float = 0.6, spread: int = 0, reduce: str = "absmax") -> None:
-        if isinstance(spread, bool) or not isinstance(spread, int) or spread < 0:
-            raise InputError(f"criterion lookahead_impact: spread must be an integer of at least 0, got {spread!r}")
+    def __init__(self, layer: float = 0.6, before: int = 0, after: int = 0, reduce: str = "l2") -> None:
         self.layer = checked_depth("criterion lookahead_impact", "layer", layer)
-        self.spread, self.reduce = spread, check_reduce("lookahead_impact", reduce)
+        self.before, self.after = _count("before", before), _count("after", after)
+        self.reduce = check_reduce("lookahead_impact", reduce)
 
     def score(self, signals: Signals) -> Tensor:
         ahead = signals.ahead
@@ -41,15 +43,23 @@ class LookaheadImpact(Criterion):
             raise InputError(f"criterion lookahead_impact: layer {target} is none of {ahead.n_layers}")
         read = signals if signals.layer >= target else ahead.signals(target, signals.hidden)
         scores = impact_on_boundary(read, read.C[:, -1], None, self.reduce)
-        if self.spread:
-            scores = F.max_pool1d(scores[:, None], 2 * self.spread + 1, 1, self.spread)[:, 0]
+        if self.before or self.after:
+            padded = F.pad(scores[:, None], (self.after, self.before), value=-math.inf)
+            scores = F.max_pool1d(padded, self.before + self.after + 1, 1)[:, 0]
         return scores
 
     def flops(self, shape: ScoredShape) -> int:
-        """The later layer up to its scan, the impact, and the comparisons of ``spread``; in every layer alike.
+        """The later layer up to its scan, the impact, and the comparisons of neighbours; in every layer alike.
 
         In Mamba-2 bias and softplus of the steps too, which there are operations of their own.
         """
-        shared = 2 * (self.spread + 1) * shape.n_tokens if self.spread else 0
+        neighbours = self.before + self.after
+        shared = (neighbours + 2) * shape.n_tokens if neighbours else 0
         steps = 0 if shape.n_heads is None else 2 * shape.n_heads * shape.n_tokens
         return shape.ahead + impact_flops(shape, False, self.reduce) + shared + steps
+
+
+def _count(key: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InputError(f"criterion lookahead_impact: {key} must be an integer of at least 0, got {value!r}")
+    return value

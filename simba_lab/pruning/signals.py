@@ -45,7 +45,7 @@ class Signals:
     Shapes: B sequences, k tokens, D inner channels, N states, M model channels, T original context length. Comments
     give them for Mamba-1. In Mamba-2 the D channels are H heads of P, one after the other, and G groups of heads share
     B and C: dt and delta are (B, k, H), dt_bias and A (H,), B and C (B, k, G, N), the rest is the same.
-    The last fields may be given as functions: few criteria read them, and each costs a pass over tokens or weights.
+    Some fields may be given as functions: few criteria read them, and each costs a pass over tokens or weights.
     """
 
     layer: int
@@ -56,7 +56,7 @@ class Signals:
     A: Tensor  # (D, N), negative
     B: Tensor  # (B, k, N)
     C: Tensor  # (B, k, N)
-    z: Tensor  # (B, k, D) gate before SiLU
+    z: Tensor = _OnDemand()  # (B, k, D) gate before SiLU
     hidden: Tensor = _OnDemand()  # (B, k, M) residual-stream vectors after this layer
     positions: Tensor  # (B, k) int64, original positions, ascending
     sequence_key: Tensor = _OnDemand()  # (B,) int64, a hash of the context's token ids
@@ -89,12 +89,12 @@ class Signals:
 
 @dataclass(frozen=True)
 class LookAhead:
-    """A later layer's mixer, up to its scan, on the residual stream as it is now.
+    """A later layer's mixer, up to its scan and without its gate, on the residual stream as it is now.
 
     Attributes:
         signals: (layer, stream (B, k, M)) to the signals of that layer, which itself may not look further.
         n_layers: of the model.
-        flops: of one call for one sequence.
+        flops: of one call for one sequence; to read the gate ``z`` of its signals costs more, and is not charged.
     """
 
     signals: Callable[[int, Tensor], Signals]
