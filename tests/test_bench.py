@@ -35,7 +35,7 @@ def test_bench_writes_a_row_per_implementation(tmp_path: Path, capsys: pytest.Ca
         assert 0 < row["seconds_min"] <= row["seconds_per_step"] <= row["seconds_max"]
         assert row["tokens_per_second"] == pytest.approx(3 * 29 / row["seconds_per_step"])
         assert row["loss"] == pytest.approx(math.log(40), abs=0.3)
-        assert row["peak_rss_bytes"] > 50e6 and row["repeats"] == 3
+        assert row["peak_rss_bytes"] > 50e6 and 3 <= row["repeats"] <= 3 * peers.TURN_STEPS
     # the same architecture: the same number of weights
     assert rows["simba_lab"]["parameters"] == rows["mambapy"]["parameters"]
     assert "times as fast as mambapy" in capsys.readouterr().out
@@ -45,7 +45,9 @@ def test_implementations_agree_on_what_a_model_is() -> None:
     counts, losses = {}, {}
     for name, implementation in IMPLEMENTATIONS.items():
         pytest.importorskip(implementation.distribution.replace("-", "_"))
-        row = peers.measure(name, SMALL, repeats=1, threads=torch.get_num_threads(), seed=0)
+        contestant = peers.Contestant(name, SMALL, threads=torch.get_num_threads(), seed=0)
+        contestant.turn()
+        row = contestant.row()
         counts[name], losses[name] = row["parameters"], row["loss"]
     assert len(set(counts.values())) == 1, counts
     # our two backends share weights and tokens, so they must share the loss
@@ -62,7 +64,7 @@ def test_a_wrong_kernel_gives_no_number(monkeypatch: pytest.MonkeyPatch) -> None
         return (out * 1.001, *rest)
 
     monkeypatch.setattr(numba_ops, "selective_scan", slightly_wrong)
-    monkeypatch.setattr(cpu, "_run", lambda *_: pytest.fail("timed after a failed check"))
+    monkeypatch.setattr(cpu, "_rows", lambda *_: pytest.fail("timed after a failed check"))
     with pytest.raises(RuntimeError, match="nothing was timed"):
         compare(Plan(shape=SMALL))
 
@@ -75,9 +77,16 @@ def test_the_check_passes_and_sees_nan() -> None:
 
 def test_a_peer_that_is_not_installed_gets_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(IMPLEMENTATIONS, "absent", peers.Implementation("no-such-package", peers.mambapy))
-    row = cpu._run("absent", Plan(shape=SMALL), threads=1)
+    (row,) = cpu._rows(Plan(shape=SMALL, skip=("simba_lab", "mambapy", "transformers")), 1, lambda name: None)
     assert row == {"implementation": "absent", "skipped": "no-such-package is not installed"}
     assert cpu.speedup([{"implementation": "simba_lab", "seconds_per_step": 1.0}, row]) is None
+
+
+def test_a_process_that_breaks_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(IMPLEMENTATIONS, "broken", peers.Implementation("simba-lab", peers.mambapy))
+    plan = Plan(shape=SMALL, skip=("simba_lab", "mambapy", "transformers"))
+    with pytest.raises(RuntimeError, match="broken failed with exit code 2:\n(.*\n)*.*invalid choice: 'broken'"):
+        cpu._rows(plan, 1, lambda name: None)
 
 
 @pytest.mark.parametrize(

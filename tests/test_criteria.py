@@ -29,7 +29,7 @@ OPTIONS = {
     "output_impact": [{}, {"reduce": "max", "gated": True}],
     "banded_impact": [{}, {"first": 3, "falloff": 0}],
     "blocks": [{"size": 4}, {"criterion": "random", "size": 3, "pool": "max"}],
-    "lookahead_impact": [{}, {"layer": 4, "spread": 2, "reduce": "l2"}, {"layer": 1}],
+    "lookahead_impact": [{}, {"layer": 4, "before": 2, "after": 1, "reduce": "max"}, {"layer": 1}],
 }
 BEYOND_TOKENS = ("query_impact", "output_impact", "banded_impact", "blocks", "lookahead_impact")
 """Criteria that cost more, or less, than so much per token; test_own_criteria.py and test_lookahead.py say what."""

@@ -1,4 +1,4 @@
-"""A training step on the CPU beside other implementations: correctness first, then one process after another."""
+"""A training step on the CPU beside other implementations: correctness first, then a process of each, by turns."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,9 @@ BASELINE = "mambapy"
 ODD_SHAPE = Shape(d_model=20, n_layer=2, d_state=5, vocab_size=23, batch=3, length=37)
 # Largest difference from the reference, relative to the largest entry of a tensor, in fp32 (unit roundoff 6e-8).
 TOLERANCE = 2e-5
-CONVENTION = "forward + mean cross-entropy + backward in fp32, no optimizer; median over repeats; one process each"
+CONVENTION = (
+    "forward + mean cross-entropy + backward in fp32, no optimizer; median over steps; one process each, by turns"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Plan:
             if getattr(self.shape, field.name) < 1:
                 raise InputError(f"{option(field.name)}: must be at least 1")
         if self.repeats < 3:
-            raise InputError(f"--repeats: {self.repeats} repeats give no median and spread; use at least 3")
+            raise InputError(f"--repeats: {self.repeats} turns give no median and spread; use at least 3")
         if self.threads is not None and not 1 <= self.threads <= usable_cores():
             raise InputError(f"--threads: {self.threads} is not between 1 and the {usable_cores()} cores here")
 
@@ -61,10 +64,7 @@ def compare(plan: Plan, progress: Callable[[str], None] = lambda name: None) -> 
     difference = check_correctness()
     threads = plan.threads or usable_cores()
     machine = describe()
-    rows = []
-    for name in plan.names:
-        progress(name)
-        rows.append(_run(name, plan, threads))
+    rows = _rows(plan, threads, progress)
     return {
         "shape": dataclasses.asdict(plan.shape),
         "threads": threads,
@@ -120,18 +120,68 @@ def _relative_difference(fast: Any, slow: Any) -> float:
     return difference if difference == difference else float("inf")
 
 
-def _run(name: str, plan: Plan, threads: int) -> dict[str, Any]:
-    """The row of one implementation, measured in a fresh interpreter."""
-    distribution = IMPLEMENTATIONS[name].distribution
+class _Process:
+    """An implementation in an interpreter of its own, which waits for its turns."""
+
+    def __init__(self, name: str, plan: Plan, threads: int) -> None:
+        self.name = name
+        command = [sys.executable, "-m", "simba_lab.bench.peers", name]
+        for key, value in dataclasses.asdict(plan.shape).items():
+            command += [option(key), str(value)]
+        command += ["--threads", str(threads), "--seed", str(plan.seed)]
+        self._said = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
+        )
+        self._answer()
+
+    def turn(self) -> None:
+        """Returns when it has been taken. Raises RuntimeError if the process breaks."""
+        try:
+            print(file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            pass  # its last words say why
+        self._answer()
+
+    def row(self) -> dict[str, Any]:
+        """Ends the process."""
+        self._process.stdin.close()
+        row = json.loads(self._answer())
+        self._process.wait()
+        return row
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _answer(self) -> str:
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._said.seek(0)
+            raise RuntimeError(f"{self.name} failed with exit code {code}:\n{self._said.read()}")
+        return line
+
+
+def _rows(plan: Plan, threads: int, progress: Callable[[str], None]) -> list[dict[str, Any]]:
+    """A row for each implementation of the plan, measured by turns; the reason for one that is not installed."""
+    missing, processes = {}, {}
     try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return {"implementation": name, "skipped": f"{distribution} is not installed"}
-    command = [sys.executable, "-m", "simba_lab.bench.peers", name]
-    for key, value in dataclasses.asdict(plan.shape).items():
-        command += [option(key), str(value)]
-    command += ["--repeats", str(plan.repeats), "--threads", str(threads), "--seed", str(plan.seed)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{name} failed with exit code {done.returncode}:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+        for name in plan.names:
+            distribution = IMPLEMENTATIONS[name].distribution
+            try:
+                importlib.metadata.version(distribution)
+            except importlib.metadata.PackageNotFoundError:
+                missing[name] = {"implementation": name, "skipped": f"{distribution} is not installed"}
+                continue
+            progress(f"{name}, warming up")
+            processes[name] = _Process(name, plan, threads)
+        for turn in range(plan.repeats):
+            for name, process in processes.items():
+                progress(f"{name}, turn {turn + 1} of {plan.repeats}")
+                process.turn()
+        rows = {name: process.row() for name, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.kill()
+    return [missing.get(name) or rows[name] for name in plan.names]

@@ -1,4 +1,7 @@
-"""One implementation, one process: ``python -m simba_lab.bench.peers NAME --d-model ...`` prints one JSON line.
+"""One implementation, one process: ``python -m simba_lab.bench.peers NAME --d-model ...``.
+
+It prints a line when it is ready, takes a turn and prints a line for every line it reads, and its row, a line of JSON,
+at the end of its input: so that implementations are timed by turns, on a machine whose speed drifts.
 
 A step is forward, mean cross-entropy in fp32 and backward, without an optimizer. Every implementation gets the same
 random tokens, so its loss before any training must lie near ln(vocabulary).
@@ -86,50 +89,68 @@ def transformers(shape: Shape) -> tuple[torch.nn.Module, Logits]:
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """How one row is made: the installed distribution behind it, its builder and how often it can be afforded."""
+    """How one row is made: the installed distribution behind it, its builder and how many turns can be afforded."""
 
     distribution: str
     build: Callable[[Shape], tuple[torch.nn.Module, Logits]]
     warmups: int = 1
-    repeats: int | None = None
+    turns: int | None = None
 
+
+TURN_SECONDS, TURN_STEPS = 1.0, 20
 
 # transformers runs one step without warm-up: a step takes minutes at the default shape.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "simba_lab": Implementation("simba-lab", lambda shape: ours(shape, "numba")),
     "simba_lab reference": Implementation("simba-lab", lambda shape: ours(shape, "reference")),
     "mambapy": Implementation("mambapy", mambapy),
-    "transformers": Implementation("transformers", transformers, warmups=0, repeats=1),
+    "transformers": Implementation("transformers", transformers, warmups=0, turns=1),
 }
 
 
-def measure(name: str, shape: Shape, repeats: int, threads: int, seed: int) -> dict[str, Any]:
-    """Time ``repeats`` training steps of one implementation in this process."""
-    import torch
+class Contestant:
+    """One implementation in this process: built and warmed up, then timed a turn at a time."""
 
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    implementation = IMPLEMENTATIONS[name]
-    model, logits = implementation.build(shape)
-    generator = torch.Generator().manual_seed(seed)
-    text = torch.randint(shape.vocab_size, (shape.batch, shape.length + 1), generator=generator)
-    for _ in range(implementation.warmups):
-        training_step(model, logits, text)
-    steps = [training_step(model, logits, text) for _ in range(implementation.repeats or repeats)]
-    seconds = [taken for taken, _ in steps]
-    return {
-        "implementation": name,
-        "version": importlib.metadata.version(implementation.distribution),
-        "seconds_per_step": median(seconds),
-        "seconds_min": min(seconds),
-        "seconds_max": max(seconds),
-        "repeats": len(seconds),
-        "warmups": implementation.warmups,
-        "tokens_per_second": shape.batch * shape.length / median(seconds),
-        "peak_rss_bytes": peak_rss_bytes(),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "loss": steps[-1][1],
-    }
+    def __init__(self, name: str, shape: Shape, threads: int, seed: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        torch.manual_seed(seed)
+        self.name, self.shape, self.seconds = name, shape, []
+        self._implementation = IMPLEMENTATIONS[name]
+        self._model, self._logits = self._implementation.build(shape)
+        generator = torch.Generator().manual_seed(seed)
+        self._text = torch.randint(shape.vocab_size, (shape.batch, shape.length + 1), generator=generator)
+        for _ in range(self._implementation.warmups):
+            training_step(self._model, self._logits, self._text)
+
+    def turn(self) -> None:
+        """Steps for about a second, one at least; none once this implementation has done what can be afforded."""
+        end, most = time.perf_counter() + TURN_SECONDS, self._implementation.turns
+        if most is not None and len(self.seconds) >= most:
+            return
+        for _ in range(TURN_STEPS):
+            taken, self._loss = training_step(self._model, self._logits, self._text)
+            self.seconds.append(taken)
+            if time.perf_counter() > end:
+                return
+
+    def row(self) -> dict[str, Any]:
+        """What its turns came to."""
+        middle = median(self.seconds)
+        return {
+            "implementation": self.name,
+            "version": importlib.metadata.version(self._implementation.distribution),
+            "seconds_per_step": middle,
+            "seconds_min": min(self.seconds),
+            "seconds_max": max(self.seconds),
+            "repeats": len(self.seconds),
+            "warmups": self._implementation.warmups,
+            "tokens_per_second": self.shape.batch * self.shape.length / middle,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "parameters": sum(parameter.numel() for parameter in self._model.parameters()),
+            "loss": self._loss,
+        }
 
 
 def training_step(model: torch.nn.Module, logits: Logits, text: torch.Tensor) -> tuple[float, float]:
@@ -158,17 +179,21 @@ def peak_rss_bytes() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure one implementation and print its row."""
+    """Measure one implementation, a turn for each line on standard input, and print its row."""
     parser = argparse.ArgumentParser(prog="python -m simba_lab.bench.peers")
     parser.add_argument("name", choices=list(IMPLEMENTATIONS))
     for field in dataclasses.fields(Shape):
         parser.add_argument(option(field.name), type=int, default=field.default)
-    parser.add_argument("--repeats", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     args = parser.parse_args(argv)
     shape = Shape(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Shape)})
-    print(json.dumps(measure(args.name, shape, args.repeats, args.threads, args.seed)))
+    contestant = Contestant(args.name, shape, args.threads, args.seed)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        contestant.turn()
+        print("done", flush=True)
+    print(json.dumps(contestant.row()))
 
 
 if __name__ == "__main__":
