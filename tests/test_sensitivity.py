@@ -13,7 +13,7 @@ from test_evaluate import windows as windows
 
 from simba_lab.data import EvalWindows
 from simba_lab.errors import InputError
-from simba_lab.evaluate.sensitivity import layer_sensitivity
+from simba_lab.evaluate.sensitivity import Sensitivity, layer_sensitivity
 from simba_lab.evaluate.windows import far_face, plain_face, score_windows
 from simba_lab.model import LanguageModel, ModelConfig
 
@@ -69,6 +69,33 @@ def test_the_command_measures_a_run_and_its_schedule_prunes(
     flops = ("flops", "--checkpoint", lab.run, "--schedule", schedule, "--mean-keep", "0.5", "--n-context", "96")
     assert tiny.simba_lab(*flops, "--n-suffix", "16") == 0
     assert "--batch-size must be" in tiny.mistake(capsys, "sensitivity", *map(str, window), "--batch-size", "0")
+
+
+def test_facts_can_be_planted_and_the_layer_that_reads_them_is_named(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab, result = tiny.lab(tmp_path_factory.getbasetemp()), tmp_path / "sensitivity.json"
+    window = ("--checkpoint", lab.run, "--n-context", 160, "--n-suffix", 16, "--windows", 6, "--criterion", "recency")
+    asked = (*window, "--rates", 0.1, "--recall", "pair", "--facts", 2)
+    assert tiny.simba_lab("sensitivity", *map(str, (*asked, "--distance", 40, "--json", result))) == 0
+    found, printed = json.loads(result.read_text(encoding="utf-8")), capsys.readouterr().out
+    assert found["recall"] == {"form": "pair", "distance": 40, "facts": 2}
+    assert found["reading_layer"] is None or f"looked up in layer {found['reading_layer']}:" in printed
+    assert tiny.simba_lab("sensitivity", *map(str, (*window, "--rates", 0.1, "--json", result))) == 0
+    plain = json.loads(result.read_text(encoding="utf-8"))
+    assert plain["recall"] is None and "looked up" not in capsys.readouterr().out
+    assert plain["dense"] != found["dense"] and plain["rise"] != found["rise"]
+    assert "recall.distance: 400 tokens" in tiny.mistake(capsys, "sensitivity", *map(str, asked), "--distance", "400")
+
+
+@pytest.mark.parametrize(
+    ("rise", "layer"),
+    [([4.0, 4.1, 3.9, 0.2, 0.1], 3), ([0.1, 0.2, 0.3, 0.4, 0.5], 5), ([3.0, 0.1, 0, -0.1, 0], 1), ([0.0] * 5, None)],
+)
+def test_the_reading_layer_is_the_last_that_a_cut_before_it_harms(rise: list[float], layer: int | None) -> None:
+    table = np.stack([np.full(5, 9.0), rise], axis=1)
+    found = Sensitivity({}, (0.5, 0.1), table, table, table, 1.0, 4, 100, 10, None)
+    assert found.reading_layer == layer
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,16 @@ class Sensitivity:
         """Spec of the keep schedule ``calibrated`` made of this table; its free parameter is left to a budget."""
         return {"class_path": "calibrated", "init_args": {"rates": list(self.rates), "rise": self.rise.tolist()}}
 
+    @property
+    def reading_layer(self) -> int | None:
+        """The last layer that needs the whole context; with planted facts, the one that looks them up.
+
+        A cut before it, to the lowest rate, costs more than half of what the worst one costs. None if none costs any.
+        """
+        rise = self.rise[:, -1]
+        needing = np.flatnonzero(rise > max(rise.max() / 2, 0))
+        return int(needing[-1]) + 1 if needing.size else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data; intervals that could not be computed are None."""
         ends = np.stack([self.low, self.high], axis=-1)
@@ -58,6 +68,7 @@ class Sensitivity:
             "n_context": self.n_context,
             "n_suffix": self.n_suffix,
             "reach": self.reach,
+            "reading_layer": self.reading_layer,
             "unit": "nats per suffix token above dense; row l - 1: pruning begins at layer l",
             "schedule": self.schedule(),
         }
