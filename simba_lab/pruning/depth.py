@@ -13,5 +13,5 @@ def checked_depth(owner: str, key: str, value: float) -> float:
 
 
 def layer_at(depth: float, n_layers: int) -> int:
-    """The layer that a checked depth names in a model of ``n_layers``, which may have fewer."""
-    return round(depth * n_layers) if depth < 1 else int(depth)
+    """The layer, 1 or above, that a checked depth names in a model of ``n_layers``, which may have fewer."""
+    return max(1, round(depth * n_layers)) if depth < 1 else int(depth)
