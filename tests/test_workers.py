@@ -162,6 +162,30 @@ def failing(trial: optuna.Trial, task: Task) -> float:
     return short_trial(trial, task)
 
 
+@pytest.mark.parametrize("told_by_others", [False, True])
+def test_a_result_that_the_database_did_not_hear_is_told_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told_by_others: bool
+) -> None:
+    """The connection goes in the moment of telling; meanwhile the trial may have passed for dead."""
+    tell, lost = optuna.storages.RDBStorage.set_trial_state_values, []
+
+    def cut(self: Any, trial_id: int, state: Any, values: Any = None) -> bool:
+        if state.name == "COMPLETE" and not lost:
+            lost.append(trial_id)
+            if told_by_others:
+                tell(self, trial_id, optuna.trial.TrialState.FAIL)
+            raise optuna.exceptions.StorageInternalError("the connection was closed")
+        return tell(self, trial_id, state, values)
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "set_trial_state_values", cut)
+    queue = Queue(lambda: named_study(local_storage(tmp_path), "shared"), tasks(3), poll=0.05)
+    queue.work(short_trial, threading.Event())
+    trials = named_study(local_storage(tmp_path), "shared").trials
+    assert len(lost) == 1 and queue.failed == {}
+    assert complete(named_study(local_storage(tmp_path), "shared")) == {f"key-{i}": 1 for i in range(3)}
+    assert sum(trial.state.name == "FAIL" for trial in trials) == int(told_by_others)
+
+
 def test_a_trial_that_fails_by_itself_is_recorded_and_left(tmp_path: Path) -> None:
     storage = local_storage(tmp_path)
     for attempt in (1, 2):
