@@ -75,7 +75,7 @@ def test_segments_of_the_forward_pass_do_not_show(
 ) -> None:
     """To the bit: three sequences of two blocks of channels, of which the first ``whole`` are not cut."""
     given = arguments(3, 2 * scan.WINDOW + 3, 9, 3, torch.float32)
-    monkeypatch.setattr(launch, "forward_block", lambda batch, channels, device: (8, 6))
+    monkeypatch.setattr(launch, "forward_block", lambda batch, channels, states, device: (8, 6))
     monkeypatch.setattr(launch, "forward_split", lambda programs, windows, device: (programs, 1))
     uncut = scan._scan(*given.values(), True)
     monkeypatch.setattr(launch, "forward_split", lambda programs, windows, device: (whole, parts))
@@ -85,12 +85,19 @@ def test_segments_of_the_forward_pass_do_not_show(
 
 def test_channels_to_a_program_do_not_show(nan_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit: how many a program takes depends on the batch, what a sequence gives must not."""
-    given, results = arguments(2, 13, 24, 4, torch.float32), []
+    given, results = arguments(2, 13, 24, 16, torch.float32), []
     for shape in ((8, 6), (16, 4)):
-        monkeypatch.setattr(launch, "forward_block", lambda batch, channels, device, shape=shape: shape)
+        monkeypatch.setattr(launch, "forward_block", lambda batch, channels, states, device, shape=shape: shape)
         results.append(scan._scan(*given.values(), True))
     for mine, theirs in zip(*results, strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_few_states_always_take_the_same_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer than 16 states another number of channels sums them in another order."""
+    monkeypatch.setattr(launch, "_schedulers", lambda device: 528)
+    device = torch.device("cpu")
+    assert [launch.forward_block(batch, 5120, 8, device)[0] for batch in (1, 8)] == [8, 8]
 
 
 def test_only_a_partly_filled_round_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +106,7 @@ def test_only_a_partly_filled_round_is_cut(monkeypatch: pytest.MonkeyPatch) -> N
     split = [launch.forward_split(programs, 256, device) for programs in (128, 192, 528, 640, 1000, 1536, 5120)]
     assert split == [(0, 4), (0, 2), (528, 1), (528, 4), (1000, 1), (1536, 1), (5120, 1)]
     assert launch.forward_split(192, 32, device) == (192, 1) and launch.forward_split(768, 32, device) == (528, 2)
-    blocks = [launch.forward_block(*shape, device)[0] for shape in ((8, 5120), (16, 1536), (8, 1536), (1, 5120))]
+    blocks = [launch.forward_block(*shape, 16, device)[0] for shape in ((8, 5120), (16, 1536), (8, 1536), (1, 5120))]
     assert blocks == [16, 16, 8, 8]
     parts = [launch.segments(programs, 256, device) for programs in (640, 1536, 3072)]
     assert parts == [8, 2, 1]
@@ -123,6 +130,37 @@ def test_it_continues_from_a_state() -> None:
         out, state = scan.selective_scan(**part | {"initial": state})
         parts.append(out)
     assert error(torch.cat(parts, 1), whole.double()) <= 1e-6 and error(state, final.double()) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("channels", "states"), [(5, 3), (201, 16), (1, 1)])
+def test_a_single_step_has_a_kernel_of_its_own(
+    channels: int, states: int, dtype: torch.dtype, nan_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scan's own is taken away: it would do, in twice the time. The state that comes in stays as it is."""
+    monkeypatch.setattr(scan, "scan_forward", None)
+    given = arguments(3, 1, channels, states, dtype)
+    before = given["initial"].clone()
+    with torch.no_grad():
+        got = scan.selective_scan(**given)
+        truth = reference.selective_scan(**{name: t.double() for name, t in given.items()})
+    for mine, exact in zip(got, truth, strict=True):
+        assert error(mine, exact) <= TOLERANCE[dtype]
+    assert torch.equal(given["initial"], before) and got[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("raw", [-60.0, -14.0, 0.0, 50.0])
+def test_steps_one_by_one_are_the_scan(raw: float, nan_memory: None) -> None:
+    """Also where a step is next to nothing and where it forgets all."""
+    given = arguments(2, 5, 9, 4, torch.float32)
+    given |= {"dt": given["dt"] + raw}
+    whole, final = scan.selective_scan(**given)
+    state, rows = given["initial"], []
+    for t in range(5):
+        now = {name: given[name][:, t : t + 1] for name in ("x", "dt", "B", "C", "z")}
+        row, state = scan.selective_scan(**given | now | {"initial": state})
+        rows.append(row)
+    assert error(torch.cat(rows, 1), whole.double()) <= 1e-6 and error(state, final.double()) <= 1e-6
 
 
 def test_without_a_state_it_starts_from_zero() -> None:

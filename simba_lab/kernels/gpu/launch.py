@@ -18,6 +18,8 @@ BLOCK = 8
 """Channels of a program of the backward pass."""
 BACKWARD_STAGES = 3
 """Tiles of eight steps on their way, that one included which is being computed."""
+STEP_WARPS = 4
+"""Warps of a program of a single step."""
 _MAX_SEGMENTS = 8
 _ROUNDS = 4
 """From so many programs to a scheduler on, an uneven last round no longer shows."""
@@ -33,15 +35,25 @@ def on_gpu(t: Tensor) -> bool:
     return t.is_cuda
 
 
+def step_block(states: int) -> int:
+    """Channels of a program of a single step: as many as give each of its threads 16 bytes of state."""
+    return max(1, 4 * 32 * STEP_WARPS // states)
+
+
 @cache
 def _schedulers(device: torch.device) -> int:
     """Warp schedulers: four to a multiprocessor. One warp of the scan keeps its scheduler nearly busy."""
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def forward_block(batch: int, channels: int, device: torch.device) -> tuple[int, int]:
-    """Channels of a program of the forward pass and its stages of prefetch."""
-    return (16, 4) if batch * -(-channels // 16) >= 2 * _schedulers(device) else (8, 6)
+def forward_block(batch: int, channels: int, states: int, device: torch.device) -> tuple[int, int]:
+    """Channels of a program of the forward pass and its stages of prefetch.
+
+    Sixteen channels of fewer than 16 states would put more states of a channel into a thread than eight do, and sum
+    them in another order: what a sequence gives would depend on its batch.
+    """
+    wide = states >= 16 and batch * -(-channels // 16) >= 2 * _schedulers(device)
+    return (16, 4) if wide else (8, 6)
 
 
 def forward_split(programs: int, windows: int, device: torch.device) -> tuple[int, int]:

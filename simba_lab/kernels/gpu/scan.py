@@ -10,6 +10,7 @@ from simba_lab.errors import InputError
 from simba_lab.kernels.gpu import launch
 from simba_lab.kernels.gpu.scan_backward import scan_backward, scan_carry
 from simba_lab.kernels.gpu.scan_forward import scan_forward, scan_states
+from simba_lab.kernels.gpu.scan_step import scan_step
 
 STEPS = 8
 WINDOW = 64
@@ -47,7 +48,15 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, length, channels), (n, states) = x.shape, (A.shape[1], triton.next_power_of_2(A.shape[1]))
     out, final, starts = _empty_outputs(x, A, keep_states)
-    block, stages = launch.forward_block(batch, channels, x.device)
+    if length == 1 and initial is not None and not keep_states:
+        block = launch.step_block(states)
+        scan_step[(triton.cdiv(channels, block), batch)](
+            x, dt, z, B, C, dt_bias, A, D, initial, out, final,
+            channels, x.stride(0), dt.stride(0), z.stride(0), B.stride(0), C.stride(0),
+            N=n, STATES=states, BLOCK=block, FAST=launch.on_gpu(x), num_warps=launch.STEP_WARPS,
+        )  # fmt: skip
+        return out, final, starts
+    block, stages = launch.forward_block(batch, channels, states, x.device)
     fixed = {
         "N": n, "STATES": states, "BLOCK": block, "INITIAL": initial is not None, "FAST": launch.on_gpu(x),
         "PAIRED": _paired(B, C), "STAGES": stages, "num_warps": 1,
