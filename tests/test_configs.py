@@ -183,7 +183,8 @@ def test_the_default_ablation_compares_the_paper_s_setting_with_every_control(mo
     criteria = ("global_impact", "local_delta", "norm", "random", "recency")
     assert names >= {"dense_4m", "shorter_context", "dense"} | {f"linear:{criterion}" for criterion in criteria}
     assert names >= {f"{schedule}:global_impact" for schedule in ("uniform", "highway_top")} | {"uniform:random"}
-    assert sum(arm.plan is not None and arm.plan.convolution == "adjacent" for arm in plan.arms) == 3
+    assert "look_ahead" in names
+    assert sum(arm.plan is not None and arm.plan.convolution == "adjacent" for arm in plan.arms) == 4
     assert plan.arms[0].name == "dense_4m" and plan.budget.reference == "the arm dense_4m"
     # Two cores do about 0.17 TFLOPs a second: within ten minutes, with as much again to spare.
     windows = read_sweep(ROOT / "sweeps" / "hierarchy_ablation.yaml").windows

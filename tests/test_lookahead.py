@@ -93,6 +93,42 @@ def test_a_share_of_the_depth_names_the_same_layer(lm: LanguageModel) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(one.kept, third.kept, strict=True))
 
 
+def test_of_several_layers_a_token_counts_as_in_the_one_that_ranks_it_highest(lm: LanguageModel) -> None:
+    spies = {layers: Spy(LookaheadImpact(list(layers), 2)) for layers in [(2,), (4,), (2, 4)]}
+    for spy in spies.values():
+        with torch.no_grad():
+            pruned(lm, spy)(tokens(), n_context=N_CONTEXT)
+    (_, low), (_, high), (_, both) = (spy.seen[0] for spy in spies.values())
+    for sequence in range(len(low)):
+        places = []
+        for scores in (low[sequence], high[sequence]):
+            order = sorted(range(N_CONTEXT), key=lambda token, scores=scores: (float(scores[token]), token))
+            places.append([order.index(token) for token in range(N_CONTEXT)])
+        assert both[sequence].tolist() == [max(pair) for pair in zip(*places, strict=True)]
+    assert both.dtype == torch.float32
+
+
+def test_a_layer_that_is_reached_stands_for_all_below_it(lm: LanguageModel) -> None:
+    own = CRITERIA.build({"class_path": "global_impact", "init_args": {"reduce": "l2"}})
+    above = Spy(LookaheadImpact([1, 2]))
+    with torch.no_grad():
+        pruned(lm, above)(tokens(), n_context=N_CONTEXT)
+    assert [signals.layer for signals, _ in above.seen[2:]] == [2, 3]
+    for signals, scores in above.seen[2:]:
+        assert torch.equal(scores, own.score(signals))
+
+
+def test_every_layer_that_looks_is_charged(lm: LanguageModel) -> None:
+    one, three = (pruned(lm, LookaheadImpact(layer, 2, 1)) for layer in (TARGET, [2, 3, 0.8]))
+    costs = [sparse.flops(N_CONTEXT, N_SUFFIX).entries[0, "score"] for sparse in (one, three)]
+    assert costs[1] == 3 * (costs[0] + N_CONTEXT * (2 * 6 + 1))  # 37 tokens are ranked in 6 comparisons each
+    verify(three, N_CONTEXT, N_SUFFIX)
+    spy = Spy()
+    with torch.no_grad():
+        pruned(lm, spy)(tokens(), n_context=N_CONTEXT)
+    assert check_measured(LookaheadImpact([2, 3, 0.8], 2, 1), spy.seen[0][0]).shape == (3, N_CONTEXT)
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 0), (0, 2), (4, 1)])
 def test_neighbours_share_the_highest_score(lm: LanguageModel, before: int, after: int) -> None:
     narrow, wide = Spy(LookaheadImpact(TARGET)), Spy(LookaheadImpact(TARGET, before, after))
@@ -153,7 +189,8 @@ def test_no_suffix_and_no_other_sequence_changes_what_is_kept(lm: LanguageModel)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": 0}, "layer must be a share in"), ({"layer": 2.5}, "layer must be a share in"),
+        ({"layer": 0}, "layer must be a share in"), ({"layer": []}, "layer must name at least one layer"),
+        ({"layer": [0.6, "top"]}, "got 'top'"), ({"layer": 2.5}, "layer must be a share in"),
         ({"before": -1}, "before must be"), ({"after": True}, "after must be"), ({"reduce": "mean"}, "reduce"),
     ],
 )  # fmt: skip
@@ -163,5 +200,8 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message:
 
 
 def test_a_layer_that_the_model_lacks_is_named(lm: LanguageModel) -> None:
+    sparse = pruned(lm, LookaheadImpact([3, 9]))
     with pytest.raises(InputError, match="layer 9 is none of 5"):
-        pruned(lm, LookaheadImpact(9))(tokens(), n_context=N_CONTEXT)
+        sparse(tokens(), n_context=N_CONTEXT)
+    with pytest.raises(InputError, match="layer 9 is none of 5"):  # before anything runs
+        sparse.flops(N_CONTEXT, N_SUFFIX)

@@ -82,9 +82,8 @@ _LAYER_FLOPS: dict[str, Callable[[ModelConfig, int], dict[str, int]]] = {
 def scored_shape(config: ModelConfig, tokens: int) -> ScoredShape:
     """Sizes on which the cost of scoring ``tokens`` tokens may depend."""
     heads, groups = (config.nheads, config.ngroups) if config.layer == "mamba2" else (None, 1)
-    return ScoredShape(
-        tokens, config.d_model, config.d_inner, config.d_state, heads, groups, look_ahead_flops(config, tokens)
-    )
+    sizes = (tokens, config.d_model, config.d_inner, config.d_state, heads, groups)
+    return ScoredShape(*sizes, look_ahead_flops(config, tokens), config.n_layer)
 
 
 def look_ahead_flops(config: ModelConfig, tokens: int) -> int:

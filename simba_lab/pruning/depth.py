@@ -7,8 +7,9 @@ from simba_lab.errors import InputError
 
 def checked_depth(owner: str, key: str, value: float) -> float:
     """``value``, a share in (0, 1) or a layer index of 1 or more; raises InputError for anything else."""
-    if not (0 < value < 1 or (value >= 1 and float(value).is_integer())):
-        raise InputError(f"{owner}: {key} must be a share in (0, 1) or a layer index of 1 or more, got {value}")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (0 < value < 1 or (value >= 1 and float(value).is_integer())):
+        raise InputError(f"{owner}: {key} must be a share in (0, 1) or a layer index of 1 or more, got {value!r}")
     return value
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from simba_lab.errors import InputError
 from simba_lab.pruning.criteria import CRITERIA, Criterion, check_reduce, impact_flops, impact_on_boundary
 from simba_lab.pruning.depth import checked_depth, layer_at
 from simba_lab.pruning.signals import ScoredShape, Signals
+
+_OWNER = "criterion lookahead_impact"
 
 
 @CRITERIA.register("lookahead_impact")
@@ -23,25 +27,43 @@ class LookaheadImpact(Criterion):
     its boundary will read. From ``layer`` on it is ``global_impact``.
 
     Args:
-        layer: the layer that looks, an index of 1 or more, or a share of the depth in (0, 1).
+        layer: the layer that looks, an index of 1 or more, or a share of the depth in (0, 1); or several of them. Then
+            a token counts as in the layer that ranks it highest, for scores of two layers have no common scale.
         before, after: so many tokens before and after a token share its score if theirs is lower: what is read in one
             place was said in those before it.
         reduce: over channels, as in ``global_impact``; a fact is spread over many.
     """
 
-    def __init__(self, layer: float = 0.6, before: int = 0, after: int = 0, reduce: str = "l2") -> None:
-        self.layer = checked_depth("criterion lookahead_impact", "layer", layer)
+    def __init__(
+        self, layer: float | Sequence[float] = 0.6, before: int = 0, after: int = 0, reduce: str = "l2"
+    ) -> None:
+        self.layer = layer
+        self._layers = [checked_depth(_OWNER, "layer", one) for one in _several(layer)]
         self.before, self.after = _count("before", before), _count("after", after)
         self.reduce = check_reduce("lookahead_impact", reduce)
 
     def score(self, signals: Signals) -> Tensor:
-        ahead = signals.ahead
-        if ahead is None:
-            raise InputError("criterion lookahead_impact: only a model's own layers can be looked ahead to")
-        target = layer_at(self.layer, ahead.n_layers)
-        if target >= ahead.n_layers:
-            raise InputError(f"criterion lookahead_impact: layer {target} is none of {ahead.n_layers}")
-        read = signals if signals.layer >= target else ahead.signals(target, signals.hidden)
+        targets = self._targets(signals)
+        if len(targets) == 1:
+            return self._scores(signals, targets[0])
+        ranked = [_ranks(self._scores(signals, target)) for target in targets]
+        return torch.stack(ranked).amax(0).to(torch.float32)
+
+    def _targets(self, signals: Signals) -> list[int]:
+        """The layers to read as, ascending, the current one in the place of all below it."""
+        if signals.ahead is None:
+            raise InputError(f"{_OWNER}: only a model's own layers can be looked ahead to")
+        return sorted({max(target, signals.layer) for target in self._named(signals.ahead.n_layers)})
+
+    def _named(self, n_layers: int) -> set[int]:
+        """The layers that look, in a model of so many. Raises InputError for one that it lacks."""
+        targets = {layer_at(layer, n_layers) for layer in self._layers}
+        if max(targets) >= n_layers:
+            raise InputError(f"{_OWNER}: layer {max(targets)} is none of {n_layers}")
+        return targets
+
+    def _scores(self, signals: Signals, target: int) -> Tensor:
+        read = signals if signals.layer == target else signals.ahead.signals(target, signals.hidden)
         scores = impact_on_boundary(read, read.C[:, -1], None, self.reduce)
         if self.before or self.after:
             padded = F.pad(scores[:, None], (self.after, self.before), value=-math.inf)
@@ -49,17 +71,34 @@ class LookaheadImpact(Criterion):
         return scores
 
     def flops(self, shape: ScoredShape) -> int:
-        """The later layer up to its scan, the impact, and the comparisons of neighbours; in every layer alike.
+        """Of every layer that looks, all up to its scan, the impact and the comparisons of neighbours; in all alike.
 
-        In Mamba-2 bias and softplus of the steps too, which there are operations of their own.
+        In Mamba-2 bias and softplus of the steps too, which there are operations of their own. Of several layers also
+        the comparisons that rank tokens, twice for a rank of each, and those between layers. Raises InputError for a
+        layer that the model lacks, so that a plan does.
         """
-        neighbours = self.before + self.after
+        if shape.n_layers is not None:
+            self._named(shape.n_layers)
+        neighbours, several = self.before + self.after, len(self._layers) > 1
         shared = (neighbours + 2) * shape.n_tokens if neighbours else 0
         steps = 0 if shape.n_heads is None else 2 * shape.n_heads * shape.n_tokens
-        return shape.ahead + impact_flops(shape, False, self.reduce) + shared + steps
+        ranking = shape.n_tokens * (2 * math.ceil(math.log2(max(2, shape.n_tokens))) + 1) if several else 0
+        return len(self._layers) * (shape.ahead + impact_flops(shape, False, self.reduce) + shared + steps + ranking)
+
+
+def _several(layer: float | Sequence[float]) -> list[float]:
+    layers = list(layer) if isinstance(layer, Sequence) and not isinstance(layer, str) else [layer]
+    if not layers:
+        raise InputError(f"{_OWNER}: layer must name at least one layer")
+    return layers
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Place of every token (B, L) in its sequence, 0 for the lowest score; of equals the later one is higher."""
+    return scores.argsort(dim=1, stable=True).argsort(dim=1)
 
 
 def _count(key: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise InputError(f"criterion lookahead_impact: {key} must be an integer of at least 0, got {value!r}")
+        raise InputError(f"{_OWNER}: {key} must be an integer of at least 0, got {value!r}")
     return value

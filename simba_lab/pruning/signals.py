@@ -84,7 +84,7 @@ class Signals:
         (_, tokens, inner), width, states = self.x.shape, self.hidden.shape[-1], self.B.shape[-1]
         heads, groups = (self.A.shape[0], self.B.shape[2]) if self.per_head else (None, 1)
         sizes = [None if size is None else int(size) for size in (tokens, width, inner, states, heads, groups)]
-        return ScoredShape(*sizes, 0 if self.ahead is None else self.ahead.flops)
+        return ScoredShape(*sizes, *((0, None) if self.ahead is None else (self.ahead.flops, self.ahead.n_layers)))
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class LookAhead:
 class ScoredShape:
     """Sizes a criterion's cost may depend on; ``n_heads`` None means a step size for every channel, as in Mamba-1.
 
-    ``ahead``: FLOPs of looking into a later layer once.
+    ``ahead``: FLOPs of looking into a later layer once. ``n_layers``: of the model, None where there is no model.
     """
 
     n_tokens: int
@@ -116,6 +116,7 @@ class ScoredShape:
     n_heads: int | None = None
     n_groups: int = 1
     ahead: int = 0
+    n_layers: int | None = None
 
     @property
     def n_steps(self) -> int:

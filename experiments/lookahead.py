@@ -1,0 +1,108 @@
+"""Look-ahead on rungs nobody taught, from experiments/results/lookahead.json: table and experiments/lookahead.png.
+
+.venv/bin/python experiments/lookahead.py            # prints the table, draws the figure
+.venv/bin/python experiments/lookahead.py --write    # and puts the table between its markers
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from claim import HERE, LENGTHS, into, read
+
+PAIRS = (("7m", "4m"), ("12m", "7m"), ("20m", "12m"), ("36m", "20m"))
+MARKERS = ("<!-- look-ahead table -->", "<!-- end of look-ahead table -->")
+AIM = 2  # 10^-3 nats: what plain text may cost
+SERIES = {
+    "ahead": ("look-ahead impact", "C2", "D"),
+    "own": ("impact of the layer itself, else the same", "C3", "o"),
+    "dense": ("dense, 1.7 times the FLOPs", "0.5", "v"),
+}
+
+
+def arms(rung: str, length: int) -> dict[str, dict[str, Any]]:
+    """The arms of one sweep; every difference is to the shorter context of the same rung."""
+    found = read("lookahead")[f"lookahead-{rung}-untaught-first-{length}"]["arms"]
+    ahead = [arm for arm in found if arm.get("criterion") == "lookahead_impact"]
+    by_kind = {arm["kind"]: arm for arm in found}
+    return {
+        "smaller": by_kind["smaller_dense"],
+        "dense": by_kind["dense"],
+        "ahead": next(arm for arm in ahead if "[" not in arm["name"]),
+        "own": next(arm for arm in found if arm.get("criterion") == "global_impact"),
+    }
+
+
+def table() -> list[str]:
+    titles = (
+        "smaller dense", "look-ahead", "the layer's own impact", "far: look-ahead", "far: own impact",
+        "far: dense, 1.7 times the FLOPs",
+    )  # fmt: skip
+    lines = [f"| pruned, dense | T | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
+    for rung, small in PAIRS:
+        for length in LENGTHS:
+            of = arms(rung, length)
+            cells = [difference(of["smaller"], "", 0), difference(of["ahead"], "", 1), difference(of["own"], "", 1)]
+            cells += [difference(of[name], "_far", 0 if name == "dense" else 1) for name in ("ahead", "own", "dense")]
+            lines.append(f"| {rung}, {small} | {length} | {' | '.join(cells)} |")
+    return lines
+
+
+def difference(arm: dict[str, Any], which: str, digits: int) -> str:
+    """10^-3 nats with a 95 % interval; in bold where it is clear of zero and corrected p below 0.05."""
+    low, high = arm[f"difference{which}_interval"]
+    text = f"{1e3 * arm[f'difference{which}']:+.{digits}f} [{1e3 * low:+.{digits}f}, {1e3 * high:+.{digits}f}]"
+    return f"**{text}**" if (low > 0 or high < 0) and arm[f"p_value{which}"] < 0.05 else text
+
+
+def draw(path: Path) -> None:
+    """Above all scored tokens, below those last seen beyond the shorter context; a column for each pair of rungs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(2, len(PAIRS), figsize=(13, 5.6), sharex=True, sharey="row", layout="constrained")
+    for column, (rung, small) in enumerate(PAIRS):
+        measured = [arms(rung, length) for length in LENGTHS]
+        for row, which in enumerate(("", "_far")):
+            panel = panels[row][column]
+            for shift, (name, (title, colour, marker)) in enumerate(SERIES.items()):
+                if row == 0 and name == "dense":
+                    continue
+                middle = [1e3 * of[name][f"difference{which}"] for of in measured]
+                ends = [[1e3 * of[name][f"difference{which}_interval"][end] for of in measured] for end in (0, 1)]
+                reach = [[abs(m - e) for m, e in zip(middle, ends[end], strict=True)] for end in (0, 1)]
+                places = [length * 1.05 ** (shift - 1) for length in LENGTHS]
+                look = {"label": title, "color": colour, "marker": marker, "markersize": 4, "linewidth": 1}
+                panel.errorbar(places, middle, reach, capsize=2, **look)
+            panel.axhline(0, color="black", linewidth=0.8)
+            panel.set_xscale("log")
+            panel.set_xticks(LENGTHS, [str(length) for length in LENGTHS], fontsize=8)
+            panel.minorticks_off()
+        panels[0][column].axhline(AIM, color="0.4", linewidth=0.8, linestyle="--")
+        panels[0][column].set_title(f"{rung} at the FLOPs of {small}")
+        panels[1][column].set_xlabel("context + suffix, tokens")
+    panels[0][0].set_ylabel("all tokens")
+    panels[1][0].set_ylabel("far tokens")
+    figure.supylabel("NLL minus the shorter context's, $10^{-3}$ nats per token, lower is better", fontsize=9)
+    handles = panels[1][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(SERIES), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    args = parser.parse_args()
+    lines = table()
+    print("\n".join(lines))
+    draw(HERE / "lookahead.png")
+    if args.write:
+        into(HERE.parent / "README.md", MARKERS, lines)
+
+
+if __name__ == "__main__":
+    main()
