@@ -100,12 +100,12 @@ def draw(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def into(path: Path, lines: list[str]) -> None:
+def into(path: Path, markers: tuple[str, str], lines: list[str]) -> None:
     """Replaces what stands between the markers. Raises ValueError if they are missing."""
-    text = path.read_text(encoding="utf-8")
-    before, rest = text.split(MARKERS[0])
-    _, after = rest.split(MARKERS[1])
-    path.write_text("".join((before, MARKERS[0], "\n", "\n".join(lines), "\n", MARKERS[1], after)), encoding="utf-8")
+    first, last = markers
+    before, rest = path.read_text(encoding="utf-8").split(first)
+    _, after = rest.split(last)
+    path.write_text("".join((before, first, "\n", "\n".join(lines), "\n", last, after)), encoding="utf-8")
 
 
 def main() -> None:
@@ -116,7 +116,7 @@ def main() -> None:
     print("\n".join([*rungs_table(), "", *table]))
     draw(HERE / "claim.png")
     if args.write:
-        into(HERE.parent / "README.md", table)
+        into(HERE.parent / "README.md", MARKERS, table)
 
 
 if __name__ == "__main__":
