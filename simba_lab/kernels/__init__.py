@@ -19,12 +19,16 @@ from simba_lab.errors import InputError
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of every op; signatures and meaning are those of :mod:`simba_lab.kernels.reference`."""
+    """One implementation of every op; signatures and meaning are those of :mod:`simba_lab.kernels.reference`.
+
+    ``scored_scan`` is a scan that scores tokens by their global impact on its way; None where that would save nothing.
+    """
 
     name: str
     linear: Callable
     add_rms_norm: Callable
     selective_scan: Callable
+    scored_scan: Callable | None
     causal_conv: Callable
     neighbour_conv: Callable
     true_neighbours: Callable

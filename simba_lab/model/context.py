@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simba_lab.kernels.cost import Ledger, charge, is_recording, recording, select
 from simba_lab.model.cost import look_ahead_flops, scored_shape
-from simba_lab.model.mamba import Kept, MixerSignals
+from simba_lab.model.mamba import Kept, MixerSignals, Scored
 from simba_lab.pruning.criteria import checked_scores
 from simba_lab.pruning.hashing import sequence_key
 from simba_lab.pruning.measure import stated_cost
@@ -46,6 +46,11 @@ class Context:
             return None
         return self._model.backend.true_neighbours(positions, self._n_context, n_suffix, self._model.config.d_conv)
 
+    def scored(self) -> Scored | None:
+        """What the layer that is pruned after may find on its way; None if the criterion reads no such thing."""
+        impact = self._model.pruning.criterion.own_impact
+        return None if impact is None else Scored(self.positions.shape[1], impact)
+
     def prune(self, layer: int, k: int, mixer: MixerSignals, hidden: Tensor, residual: Tensor) -> Kept:
         """Keeps the k tokens that the criterion ranks highest after ``layer``; what they are among those it had.
 
@@ -70,7 +75,8 @@ class Context:
     ) -> Signals:  # fmt: skip
         block, present = self._model.backbone.layers[layer].mixer, positions.shape[1]
         context = {
-            name: value if callable(value) else value[:, :present].detach() for name, value in vars(mixer).items()
+            name: value[:, :present].detach() if isinstance(value, Tensor) else value
+            for name, value in vars(mixer).items()
         }
         return Signals(
             layer=layer, backend=self._model.backend, dt_bias=block.dt_bias, A=block.A, hidden=stream,

@@ -189,10 +189,13 @@ class LanguageModel(nn.Module):
         kept, states, going_on = [], [], None
         for layer, block in enumerate(self.backbone.layers):
             kept.append(context.positions)
-            hidden, residual, state, signals = block(hidden, residual, backend, None, context.neighbours(), going_on)
+            prunes = layer + 1 < len(counts) and counts[layer + 1] < counts[layer]
+            hidden, residual, state, signals = block(
+                hidden, residual, backend, None, context.neighbours(), going_on, context.scored() if prunes else None
+            )
             states.append(state)
             going_on = None
-            if layer + 1 < len(counts) and counts[layer + 1] < counts[layer]:
+            if prunes:
                 going_on = context.prune(layer, counts[layer + 1], signals, hidden, residual)
         return hidden, residual, kept, states
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simba_lab.kernels import Backend
 from simba_lab.kernels.cost import causal_conv, charge, linear, selective_scan
 from simba_lab.model.config import ModelConfig
+from simba_lab.pruning.signals import OwnImpact
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class LayerState:
 class MixerSignals:
     """What a mixer computed for all tokens it saw; names and shapes as in :class:`simba_lab.pruning.Signals`.
 
-    ``z`` is a function of :meth:`Mixer.ungated`, which computes it only if it is called.
+    ``z`` is a function of :meth:`Mixer.ungated`, which computes it only if it is called. ``scanned`` is of the tokens
+    that were to be scored.
     """
 
     x: Tensor
@@ -40,6 +43,15 @@ class MixerSignals:
     B: Tensor
     C: Tensor
     z: Tensor | Callable[[], Tensor]
+    scanned: tuple[OwnImpact, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Tokens that a criterion will score after the scan: the first ``present``, by their ``impact`` on the last."""
+
+    present: int
+    impact: OwnImpact
 
 
 @dataclass(frozen=True)
@@ -143,11 +155,18 @@ class Mixer(nn.Module):
         return column_norms(self.out_proj.weight)
 
     def forward(
-        self, hidden: Tensor, backend: Backend, state: LayerState | None = None, neighbours: Tensor | None = None
-    ) -> tuple[Tensor, LayerState, MixerSignals]:
+        self, hidden: Tensor, backend: Backend, state: LayerState | None = None, neighbours: Tensor | None = None,
+        scored: Scored | None = None,
+    ) -> tuple[Tensor, LayerState, MixerSignals]:  # fmt: skip
         signals, conv = self.signals(hidden, backend, state, neighbours)
         x, dt, B, C, z = signals.x, signals.dt, signals.B, signals.C, signals.z
-        y, ssm = backend.selective_scan(x, dt, self.dt_proj.bias, self.A, B, C, self.D, z, state.ssm if state else None)
+        inputs = (x, dt, self.dt_proj.bias, self.A, B, C, self.D, z, state.ssm if state else None)
+        if scored is None or backend.scored_scan is None:
+            y, ssm = backend.selective_scan(*inputs)
+        else:
+            weight = F.silu(z[:, scored.present - 1].detach()) if scored.impact.gated else None
+            y, ssm, scores = backend.scored_scan(*inputs, weight, scored.present, scored.impact.reduce)
+            signals = replace(signals, scanned=(scored.impact, scores))
         tokens = hidden.shape[0] * hidden.shape[1]
         charge(self.layer, "selective_scan", selective_scan(tokens, *self.A_log.shape), y)
         return self.out_proj(y, backend), LayerState(conv, ssm), signals
@@ -211,7 +230,8 @@ def column_norms(weight: Tensor) -> Tensor:
 class Block(nn.Module):
     """Residual add, norm, mixer: (hidden, residual) in and out, the residual stream in fp32 at least.
 
-    With ``kept`` the others of the tokens that come in are dropped first. An ``mlp`` takes the normed sum of the stream
+    With ``kept`` the others of the tokens that come in are dropped first; ``scored`` is what the mixer may find for a
+    criterion on its way. An ``mlp`` takes the normed sum of the stream
     and the mixer's output; what both add is one ``hidden``, in the precision of the stream, so that the residual that
     comes out is what the layer saw, with an MLP or without.
     """
@@ -225,10 +245,10 @@ class Block(nn.Module):
 
     def forward(
         self, hidden: Tensor, residual: Tensor | None, backend: Backend, state: LayerState | None = None,
-        neighbours: Tensor | None = None, kept: Kept | None = None,
+        neighbours: Tensor | None = None, kept: Kept | None = None, scored: Scored | None = None,
     ) -> tuple[Tensor, Tensor, LayerState, MixerSignals]:  # fmt: skip
         normed, residual = self.norm(hidden, residual, backend, kept)
-        hidden, state, signals = self.mixer(normed, backend, state, neighbours)
+        hidden, state, signals = self.mixer(normed, backend, state, neighbours, scored)
         if self.mlp is not None:
             normed, _ = self.norm2(hidden, residual, backend)
             hidden = hidden.to(residual.dtype) + self.mlp(normed, backend)

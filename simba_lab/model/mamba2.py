@@ -13,6 +13,7 @@ from simba_lab.model.mamba import (
     LayerState,
     MixerSignals,
     Projection,
+    Scored,
     column_norms,
     convolved,
     initial_steps,
@@ -74,8 +75,10 @@ class Mamba2Mixer(nn.Module):
         return column_norms(self.out_proj.weight) * self.norm.weight.abs()
 
     def forward(
-        self, hidden: Tensor, backend: Backend, state: LayerState | None = None, neighbours: Tensor | None = None
-    ) -> tuple[Tensor, LayerState, MixerSignals]:
+        self, hidden: Tensor, backend: Backend, state: LayerState | None = None, neighbours: Tensor | None = None,
+        scored: Scored | None = None,
+    ) -> tuple[Tensor, LayerState, MixerSignals]:  # fmt: skip
+        """As in Mamba-1, but ``scored`` is left to the criterion: its cost is no power of two per state here."""
         signals, conv = self.signals(hidden, backend, state, neighbours)
         x, dt, B, C, initial = signals.x, signals.dt, signals.B, signals.C, state.ssm if state else None
         y, ssm = backend.ssd(

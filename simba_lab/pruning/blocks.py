@@ -40,6 +40,7 @@ class Blocks(Criterion):
             raise InputError(f"criterion blocks: pool must be mean or max, got {pool!r}")
         self.criterion, self.size, self.pool = criterion, size, pool
         self._of_tokens = CRITERIA.build(criterion)
+        self.own_impact = self._of_tokens.own_impact
 
     def score(self, signals: Signals) -> Tensor:
         scores, positions = checked_scores(self._of_tokens, signals), signals.positions

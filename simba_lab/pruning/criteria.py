@@ -12,7 +12,7 @@ from torch import Tensor
 from simba_lab.errors import InputError
 from simba_lab.kernels import cost
 from simba_lab.pruning.hashing import mix, mix_int
-from simba_lab.pruning.signals import ScoredShape, Signals
+from simba_lab.pruning.signals import OwnImpact, ScoredShape, Signals
 from simba_lab.registry import Registry
 
 
@@ -26,6 +26,8 @@ class Criterion(ABC):
 
     op: ClassVar[str | None] = None
     """Name under which the op is charged; None: measured by counting what :meth:`score` executes."""
+    own_impact: OwnImpact | None = None
+    """What :meth:`score` asks :func:`impact_on_output` for, if it does: some backends compute it within the scan."""
 
     @abstractmethod
     def score(self, signals: Signals) -> Tensor:
@@ -76,6 +78,14 @@ def impact_on_boundary(signals: Signals, query: Tensor, weight: Tensor | None, r
     return op(x, signals.dt, signals.dt_bias, signals.A, signals.B, query, weight, reduce)
 
 
+def impact_on_output(signals: Signals, own: OwnImpact) -> Tensor:
+    """What each token adds to the boundary's own output: scores (B, k), as the scan found them or computed now."""
+    if signals.scanned is not None and signals.scanned[0] == own:
+        return signals.scanned[1]
+    gate = F.silu(signals.z[:, -1]) if own.gated else None
+    return impact_on_boundary(signals, signals.C[:, -1], gate, own.reduce)
+
+
 def impact_flops(shape: ScoredShape, weighted: bool, reduce: str) -> int:
     """Cost of :func:`impact_on_boundary` for one sequence."""
     if shape.n_heads is not None:
@@ -98,10 +108,10 @@ class GlobalImpact(Criterion):
     def __init__(self, reduce: str = "max", gated: bool = False) -> None:
         self.reduce = check_reduce("global_impact", reduce)
         self.gated = gated
+        self.own_impact = OwnImpact(reduce, gated)
 
     def score(self, signals: Signals) -> Tensor:
-        gate = F.silu(signals.z[:, -1]) if self.gated else None
-        return impact_on_boundary(signals, signals.C[:, -1], gate, self.reduce)
+        return impact_on_output(signals, self.own_impact)
 
     def flops(self, shape: ScoredShape) -> int:
         return impact_flops(shape, self.gated, self.reduce)

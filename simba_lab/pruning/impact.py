@@ -13,8 +13,15 @@ from torch import Tensor
 
 from simba_lab.errors import InputError
 from simba_lab.kernels import cost
-from simba_lab.pruning.criteria import CRITERIA, Criterion, check_reduce, impact_flops, impact_on_boundary
-from simba_lab.pruning.signals import ScoredShape, Signals
+from simba_lab.pruning.criteria import (
+    CRITERIA,
+    Criterion,
+    check_reduce,
+    impact_flops,
+    impact_on_boundary,
+    impact_on_output,
+)
+from simba_lab.pruning.signals import OwnImpact, ScoredShape, Signals
 
 _OPERATIONS_PER_TOKEN = 26
 """Of banded_impact beside impact and sorts; a test counts them."""
@@ -116,9 +123,10 @@ class BandedImpact(Criterion):
             raise InputError(f"criterion banded_impact: falloff must lie in [0, 8], got {falloff!r}")
         self.falloff = falloff
         self.reduce = check_reduce("banded_impact", reduce)
+        self.own_impact = OwnImpact(reduce)
 
     def score(self, signals: Signals) -> Tensor:
-        impact = impact_on_boundary(signals, signals.C[:, -1], None, self.reduce)
+        impact = impact_on_output(signals, self.own_impact)
         scale = self._scale(signals.positions)
         place = places_in_runs(impact, scale).to(impact.dtype)
         return -(place + 0.5) * scale**self.falloff / self._width(signals.positions, scale)

@@ -39,6 +39,14 @@ class _OnDemand:
 
 
 @dataclass(frozen=True)
+class OwnImpact:
+    """An impact on the boundary's own output: reduced over channels so, each weighted by the boundary's gate or not."""
+
+    reduce: str
+    gated: bool = False
+
+
+@dataclass(frozen=True)
 class Signals:
     """What a layer computed for the k context tokens present in it; nothing of the suffix is in here.
 
@@ -62,6 +70,7 @@ class Signals:
     sequence_key: Tensor = _OnDemand()  # (B,) int64, a hash of the context's token ids
     channel_norms: Tensor | None = _OnDemand(optional=True)  # (D,) how far a channel moves the residual stream
     ahead: LookAhead | None = None  # what a later layer would make of these tokens
+    scanned: tuple[OwnImpact, Tensor] | None = None  # an impact that the scan has found on its way, (B, k)
 
     @property
     def delta(self) -> Tensor:

@@ -24,8 +24,16 @@ _inner = numba.njit(fastmath=FAST, error_model="numpy")
 @_inner
 def zeros(rows, dtype, width=WIDTH):
     """Flat zeros (rows, width) from the start of a cache line: vectors that straddle two take half as long again."""
+    memory = unset(rows, dtype, width)
+    memory[:] = 0
+    return memory
+
+
+@_inner
+def unset(rows, dtype, width=WIDTH):
+    """The same before anything has been written."""
     size = rows * width
-    memory = np.zeros(size + 64, dtype)
+    memory = np.empty(size + 64, dtype)
     skip = (-memory.ctypes.data % 64) // memory.itemsize
     return memory[skip : skip + size]
 

@@ -10,6 +10,7 @@ import numba
 import numpy as np
 
 from simba_lab.kernels.cpu.compiled import kernel
+from simba_lab.kernels.cpu.denormals import flush_denormals, restore_denormals
 from simba_lab.kernels.cpu.elementary import exp
 
 ROWS = 16
@@ -26,12 +27,13 @@ def weigh(logs, scores, weights):
     cast = weights.dtype.type
     for job in numba.prange(batch * heads):
         i, h = job // heads, job % heads
-        log = logs[i, h]
+        log, before = logs[i, h], flush_denormals()
         for t in range(length):
             row, score = weights[i, h, t], scores[i, h // per_group, t]
             for s in range(t + 1):
                 row[s] = exp(cast(log[t] - log[s])) * score[s]
             row[t + 1 :] = 0
+        restore_denormals(before)
 
 
 @kernel
@@ -47,6 +49,7 @@ def spread(logs, scores, dweights, dscores, rows, columns):
     cast = scores.dtype.type
     for job in numba.prange(batch * groups * blocks):
         i, g, block = job // (groups * blocks), job // blocks % groups, job % blocks
+        before = flush_denormals()
         columns[block, i, g * per_group : (g + 1) * per_group] = 0
         for t in range(block * ROWS, min(length, (block + 1) * ROWS)):
             score, dscore = scores[i, g, t], dscores[i, g, t]
@@ -62,3 +65,4 @@ def spread(logs, scores, dweights, dscores, rows, columns):
                     total += path
                 dscore[t] += dweight[t]
                 rows[i, h, t] = total
+        restore_denormals(before)

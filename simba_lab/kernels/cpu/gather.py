@@ -30,11 +30,16 @@ def select_tokens(scores: Tensor, k: int, protected: int, positions: Tensor | No
 
 def keep_tokens(hidden: Tensor, residual: Tensor, chosen: Tensor, present: int) -> tuple[Tensor, Tensor]:
     """See :func:`simba_lab.kernels.reference.keep_tokens`."""
-    batch, length, _ = hidden.shape
+    index = kept_rows(hidden.shape, chosen, present).flatten()
+    return _rows(hidden, index), _rows(residual, index)
+
+
+def kept_rows(shape: torch.Size, chosen: Tensor, present: int) -> Tensor:
+    """Rows (B, k + L - present) int64 of the kept tokens among those of all sequences of a stream (B, L, D)."""
+    batch, length, _ = shape
     after = torch.arange(present, length, device=chosen.device).expand(batch, length - present)
     first = length * torch.arange(batch, device=chosen.device)[:, None]
-    index = (torch.cat([chosen, after], dim=1) + first).flatten()
-    return _rows(hidden, index), _rows(residual, index)
+    return torch.cat([chosen, after], dim=1) + first
 
 
 def _rows(stream: Tensor, index: Tensor) -> Tensor:

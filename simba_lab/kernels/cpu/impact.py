@@ -14,6 +14,7 @@ import numpy as np
 
 from simba_lab.kernels.cpu.blocks import fetch, load_channels, load_rates, zeros
 from simba_lab.kernels.cpu.compiled import kernel
+from simba_lab.kernels.cpu.denormals import flush_denormals, restore_denormals
 from simba_lab.kernels.cpu.elementary import FAST, exp2, larger, softplus
 from simba_lab.kernels.cpu.vectors import LANES, all_at_most, entry, highest, load, maximum, store, total
 
@@ -22,6 +23,7 @@ WIDTH = 128
 CHUNK = 32
 """Tokens done together; states are looked at again after each chunk."""
 MAX, ABSMAX, L2 = 0, 1, 2
+REDUCTIONS = {"max": MAX, "absmax": ABSMAX, "l2": L2}
 FORGETS = -1e30
 """Rate of channels that pad a vector: no state of theirs outlives a step."""
 
@@ -82,20 +84,20 @@ def _impacts(rates, d, alive, count, weights, at, later_c, u_c, steps, impact_c)
 
 
 @_inner
-def _fold(impact_c, steps, reduce, found_c):
+def fold(impact_c, steps, reduce, found_c, to=0):
     """Maximum, maximum of |.| or sum of squares with what has been found; a NaN on either side stays one."""
     for at in range(0, steps * LANES, LANES):
-        impact, found = load(impact_c, at), load(found_c, at)
+        impact, found = load(impact_c, at), load(found_c, to + at)
         if reduce == MAX:
-            store(found_c, at, highest(found, impact))
+            store(found_c, to + at, highest(found, impact))
         elif reduce == ABSMAX:
-            store(found_c, at, highest(found, larger(impact, -impact)))
+            store(found_c, to + at, highest(found, larger(impact, -impact)))
         else:
-            store(found_c, at, found + impact * impact)
+            store(found_c, to + at, found + impact * impact)
 
 
 @_inner
-def _reduce_lanes(found_c, steps, reduce, best, to):
+def reduce_lanes(found_c, steps, reduce, best, to):
     """One number per token in ``best`` from ``to`` on."""
     for k in range(steps):
         found = load(found_c, k * LANES)
@@ -132,8 +134,8 @@ def _job(x, dt, dt_bias, A, weights, gate, strides, length, reduce, vanished, i,
             if reduce == MAX:  # lanes that are no channels hold 0, which may not be the maximum
                 for lane in range(used - d, LANES):
                     impact_c[lane : steps * LANES : LANES] = impact_c[0 : steps * LANES : LANES]
-            _fold(impact_c, steps, reduce, found_c)
-        _reduce_lanes(found_c, steps, reduce, best, to + t0)
+            fold(impact_c, steps, reduce, found_c)
+        reduce_lanes(found_c, steps, reduce, best, to + t0)
 
 
 @kernel
@@ -141,8 +143,10 @@ def scores(x, dt, dt_bias, A, weights, gate, strides, length, reduce, vanished, 
     """``best`` (B jobs L,): maximum, maximum of |.| or sum of squares over the ``WIDTH`` channels of a job.
 
     ``strides[i]`` holds (batch, token) of x and dt; weights (B L N,) are products of B with the boundary's C; gate
-    (B, D). ``vanished`` is the power of two below which a decay is 0 in this dtype.
+    (B, D). ``vanished`` is the power of two from which on down a decay counts as 0.
     """
     for job in numba.prange(gate.shape[0] * jobs):
         i, block = job // jobs, job % jobs
+        before = flush_denormals()
         _job(x, dt, dt_bias, A, weights, gate, strides, length, reduce, vanished, i, block, best, job * length)
+        restore_denormals(before)

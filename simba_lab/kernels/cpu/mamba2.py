@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from simba_lab.kernels import reference
-from simba_lab.kernels.cpu.dense import rows, use_torch_threads
+from simba_lab.kernels.cpu.arrays import rows
+from simba_lab.kernels.cpu.threads import use_torch_threads
 
 CHUNK = 128
 """Most tokens in a chunk: decays cost as much per token and head, products between chunks 2 N P. Of 32, 64, 128 and

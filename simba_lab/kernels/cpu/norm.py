@@ -14,15 +14,18 @@ STRETCH = 128
 
 
 @kernel
-def forward(hidden, residual, has_residual, weight, eps, normed, stream, inverse):
-    """``stream`` (rows, M) = residual + hidden, ``inverse`` (rows,) = 1 / rms, ``normed`` = stream inverse weight."""
+def forward(hidden, residual, has_residual, index, weight, eps, normed, stream, inverse):
+    """``stream`` (rows, M) = residual + hidden, ``inverse`` (rows,) = 1 / rms, ``normed`` = stream inverse weight.
+
+    ``index`` (rows,) says which rows of hidden and residual to take; empty, all of them.
+    """
     rows, width = stream.shape
     one = stream.dtype.type(1)
     for job in numba.prange((rows + STRETCH - 1) // STRETCH):
         for row in range(job * STRETCH, min(rows, (job + 1) * STRETCH)):
-            total = one - one
+            total, of = one - one, index[row] if index.size else row
             for m in range(width):
-                value = hidden[row, m] + residual[row, m] if has_residual else hidden[row, m]
+                value = hidden[of, m] + residual[of, m] if has_residual else hidden[of, m]
                 stream[row, m] = value
                 total += value * value
             scale = one / np.sqrt(total / width + eps)

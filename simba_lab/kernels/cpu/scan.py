@@ -19,6 +19,7 @@ import numba
 
 from simba_lab.kernels.cpu.blocks import WIDTH, fetch, load_channels, load_rates, put, zeros
 from simba_lab.kernels.cpu.compiled import kernel
+from simba_lab.kernels.cpu.denormals import flush_denormals, restore_denormals
 from simba_lab.kernels.cpu.elementary import FAST, exp2, sigmoid, softplus
 from simba_lab.kernels.cpu.vectors import LANES, entry, load, store, total
 
@@ -60,7 +61,7 @@ def _advance(h, rates, delta_c, u_c, B, at_B, step_B, C, at_C, step_C, steps, y_
 
 
 @_inner
-def _gate(z_c, one, steps, y_c):
+def gate(z_c, one, steps, y_c):
     for at in range(0, steps * WIDTH, LANES):
         z = load(z_c, at)
         store(y_c, at, load(y_c, at) * z * sigmoid(z, one))
@@ -90,7 +91,7 @@ def _forward_job(x, dt, dt_bias, A, B, C, D, z, strides, initial, out, final, st
         _prepare(dt_c, bias_block, x_c, D_block, steps, one, delta_c, u_c, y_c)
         at_B, at_C = i * strides[2, 0] + t0 * strides[2, 1], i * strides[3, 0] + t0 * strides[3, 1]
         _advance(h, rates, delta_c, u_c, B, at_B, strides[2, 1], C, at_C, strides[3, 1], steps, y_c)
-        _gate(z_c, one, steps, y_c)
+        gate(z_c, one, steps, y_c)
         put(y_c, out, (i * length + t0) * channels + first, channels, steps, used)
     for d in range(used):
         for n in range(states):
@@ -105,9 +106,11 @@ def forward(x, dt, dt_bias, A, B, C, D, z, strides, initial, out, final, starts)
     """
     blocks = (A.shape[0] + WIDTH - 1) // WIDTH
     for job in numba.prange(final.shape[0] * blocks):
+        before = flush_denormals()
         _forward_job(
             x, dt, dt_bias, A, B, C, D, z, strides, initial, out, final, starts, job // blocks, job % blocks
         )  # fmt: skip
+        restore_denormals(before)
 
 
 @_inner
@@ -264,7 +267,9 @@ def backward(
     """
     blocks = (A.shape[0] + WIDTH - 1) // WIDTH
     for job in numba.prange(dA.shape[0] * blocks):
+        before = flush_denormals()
         _backward_job(
             x, dt, dt_bias, A, B, C, D, z, dout, strides, starts, dfinal, dx, ddt, dA, dB, dC, dD, dz, dinitial,
             job // blocks, job % blocks,
         )  # fmt: skip
+        restore_denormals(before)

@@ -20,3 +20,4 @@ from simba_lab.kernels.gpu.select import select_tokens as select_tokens
 from simba_lab.kernels.gpu.ssd_scan import ssd as ssd
 from simba_lab.kernels.gpu.ssd_scores import ssd_impact as ssd_impact
 from simba_lab.kernels.reference import linear as linear
+from simba_lab.kernels.reference import scored_scan as scored_scan
