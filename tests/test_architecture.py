@@ -48,7 +48,8 @@ HEAVY = ("triton", "mamba_ssm", "causal_conv1d", "numba", "lm_eval", "datasets",
 # Kernels written in Numba's language and the subclasses of the harness's model and task: they cannot do without, so
 # nobody may import them before they are used.
 CPU = ROOT / "kernels" / "cpu"
-NUMBA_KERNELS = {*CPU.glob("*.py")} - {CPU / f"{name}.py" for name in ("__init__", "dense", "gather", "mamba2")}
+_OPS = ("__init__", "arrays", "dense", "gather", "impact_ops", "mamba2", "memory", "norm_ops", "scan_ops", "threads")
+NUMBA_KERNELS = {*CPU.glob("*.py")} - {CPU / f"{name}.py" for name in _OPS}
 TRITON_KERNELS = {*(ROOT / "kernels" / "gpu").glob("*.py")}
 BOUND = NUMBA_KERNELS | TRITON_KERNELS | {ROOT / "evaluate" / "harness.py", ROOT / "tasks" / "wrapped_task.py"}
 MAX_LINES = 400

@@ -19,13 +19,13 @@ from simba_lab.kernels.cpu import compiled  # noqa: E402 - needs Numba
 SCAN = """
 import hashlib, torch
 from simba_lab.kernels import cpu
-from simba_lab.kernels.cpu import scan
+from simba_lab.kernels.cpu import scan_forward
 draw = torch.Generator().manual_seed(0)
 x, dt, z = (torch.randn(2, 37, 40, generator=draw) for _ in range(3))
 B, C = (torch.randn(2, 37, 5, generator=draw) for _ in range(2))
 out, last = cpu.selective_scan(x, dt, torch.zeros(40), -torch.ones(40, 5), B, C, torch.ones(40), z)
 print(hashlib.sha256(out.numpy().tobytes() + last.numpy().tobytes()).hexdigest())
-print(sum(scan.forward.stats.cache_misses.values()), sum(scan.forward.stats.cache_hits.values()))
+print(sum(scan_forward.forward.stats.cache_misses.values()), sum(scan_forward.forward.stats.cache_hits.values()))
 """
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from simba_lab.kernels import cpu, reference
-from simba_lab.kernels.cpu import dense
+from simba_lab.kernels.cpu import dense, norm_ops
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 every_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -104,6 +104,26 @@ def test_norm_of_strided_rows_and_any_number_of_threads() -> None:
         assert_same(got, truth, torch.float64)
 
 
+@every_dtype
+@pytest.mark.parametrize("present", [7, 9])
+def test_norm_of_kept_tokens_is_that_of_the_rows_moved_first(
+    compiled: None, nan_memory: None, present: int, dtype: torch.dtype
+) -> None:
+    """Streams of any strides; the gradient of a token that is dropped is 0."""
+    chosen = torch.tensor([[0, 3, 6], [1, 2, 6], [4, 5, 6]])
+    streams, weight = [draw(3, 9, 10, seed=seed)[..., ::2] for seed in (0, 1)], draw(5)
+    leaves = leaves_of([*streams, weight], dtype)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    results = []
+    for op, given in ((cpu, leaves), (reference, exact)):
+        outs = list(op.keep_add_rms_norm(*given[:2], chosen, present, given[2], 1e-5))
+        assert outs[0].shape == outs[1].shape == (3, 3 + 9 - present, 5)
+        results.append(outs + gradients(outs, given))
+    for got, truth in zip(*results, strict=True):
+        assert_same(got, truth, dtype)
+    assert results[0][2][0, [1, 2, 4, 5]].abs().sum() == 0
+
+
 # Projection
 
 
@@ -149,8 +169,9 @@ def test_gradcheck_and_torchs_contract() -> None:
     assert torch.autograd.gradcheck(lambda h, r, w: cpu.add_rms_norm(h, r, w, 1e-5), (hidden, residual, weight))
     assert torch.autograd.gradcheck(lambda h, w: cpu.add_rms_norm(h, None, w, 1e-5), (hidden, weight))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(dense._norm, (hidden, residual, weight, 1e-5), test_utils=checks)
-    torch.library.opcheck(dense._norm, (hidden, None, weight, 1e-5), test_utils=checks)
+    for index in (torch.empty(0, dtype=torch.int64), torch.tensor([[0, 2], [4, 5]])):
+        torch.library.opcheck(norm_ops._norm, (hidden, residual, weight, 1e-5, index), test_utils=checks)
+        torch.library.opcheck(norm_ops._norm, (hidden, None, weight, 1e-5, index), test_utils=checks)
     x, projection = leaves_of([draw(2, 3, 4), draw(5, 4)], torch.float32)
     torch.library.opcheck(dense._linear, (x, projection), test_utils=checks)
 

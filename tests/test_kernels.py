@@ -15,6 +15,7 @@ from torch import Tensor
 
 from simba_lab.errors import InputError
 from simba_lab.kernels import available_backends, backend_names, cpu, reference, resolve
+from simba_lab.kernels.cpu import impact_ops, scan_ops
 
 SCAN = ("x", "dt", "dt_bias", "A", "B", "C", "D", "z", "initial")
 PER_TOKEN = ("x", "dt", "B", "C", "z")
@@ -256,12 +257,13 @@ def test_custom_ops_keep_torchs_contract(compiled) -> None:
     s, c = inputs(2, 5, 3, dtype=torch.float32), conv_inputs(2, 5, 3, dtype=torch.float32)
     leaves = [s[name].detach().clone().requires_grad_() for name in SCAN]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(cpu._scan, (*leaves, True), test_utils=checks)
-    torch.library.opcheck(cpu._scan, (*(t.detach() for t in leaves), False), test_utils=checks)
+    torch.library.opcheck(scan_ops._scan, (*leaves, True), test_utils=checks)
+    torch.library.opcheck(scan_ops._scan, (*(t.detach() for t in leaves), False), test_utils=checks)
+    torch.library.opcheck(scan_ops._scored, (*leaves, True, torch.ones(2, 3), 4, "l2"), test_utils=checks)
     convolved = [c[name].detach().clone().requires_grad_() for name in CONV]
     torch.library.opcheck(cpu._conv, (*convolved, torch.empty(0, 0, dtype=torch.int64)), test_utils=checks)
     scored = (*(s[name] for name in ("x", "dt", "dt_bias", "A", "B")), s["C"][:, -1], torch.ones(2, 3), "max", False)
-    torch.library.opcheck(cpu._impact, scored, test_utils=checks)
+    torch.library.opcheck(impact_ops._impact, scored, test_utils=checks)
 
 
 def test_ops_run_without_data() -> None:

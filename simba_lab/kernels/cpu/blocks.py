@@ -39,9 +39,9 @@ def unset(rows, dtype, width=WIDTH):
 
 
 @_inner
-def load_rates(A, first, used, dtype, width=WIDTH):
-    """A (N, width) of a block of channels times log2(e): decays are powers of two."""
-    rates = zeros(A.shape[1], dtype, width)
+def load_rates(A, first, used, dtype, width=WIDTH, rows=0):
+    """A (N, width) of a block of channels times log2(e): decays are powers of two. At least ``rows`` rows."""
+    rates = zeros(max(A.shape[1], rows), dtype, width)
     for d in range(used):
         for n in range(A.shape[1]):
             rates[n * width + d] = A[first + d, n] * LOG2E

@@ -32,7 +32,7 @@ from numba.core.caching import FunctionCache
 
 from simba_lab.kernels.cpu.elementary import FAST
 
-SHARED = ("blocks.py", "denormals.py", "elementary.py", "impact.py", "scan.py", "vectors.py")
+SHARED = ("blocks.py", "denormals.py", "elementary.py", "impact.py", "scan_forward.py", "vectors.py")
 """Files whose functions become part of kernels in other files."""
 IDLE_SECONDS = 30.0
 """A helper that is not asked for anything for so long ends; the next kernel starts another."""

@@ -84,16 +84,16 @@ def _impacts(rates, d, alive, count, weights, at, later_c, u_c, steps, impact_c)
 
 
 @_inner
-def fold(impact_c, steps, reduce, found_c, to=0):
+def fold(impact_c, steps, reduce, found_c):
     """Maximum, maximum of |.| or sum of squares with what has been found; a NaN on either side stays one."""
     for at in range(0, steps * LANES, LANES):
-        impact, found = load(impact_c, at), load(found_c, to + at)
+        impact, found = load(impact_c, at), load(found_c, at)
         if reduce == MAX:
-            store(found_c, to + at, highest(found, impact))
+            store(found_c, at, highest(found, impact))
         elif reduce == ABSMAX:
-            store(found_c, to + at, highest(found, larger(impact, -impact)))
+            store(found_c, at, highest(found, larger(impact, -impact)))
         else:
-            store(found_c, to + at, found + impact * impact)
+            store(found_c, at, found + impact * impact)
 
 
 @_inner

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from simba_lab.kernels.cpu.arrays import as_array, computable, flat_views
 from simba_lab.kernels.cpu.threads import use_torch_threads
 
 
-def reading(B: Tensor, C_boundary: Tensor):  # noqa: ANN201 - numpy array
-    """Products of every token's B (B, k, N) with the boundary's C (B, N), flat."""
-    return (B * C_boundary[:, None]).flatten().numpy()
+def reading(B: Tensor, C_boundary: Tensor, multiple: int = 1):  # noqa: ANN201 - numpy array
+    """Products of every token's B (B, k, N) with the boundary's C (B, N), flat, N padded to a multiple with zeros."""
+    return F.pad(B * C_boundary[:, None], (0, -B.shape[2] % multiple)).flatten().numpy()
 
 
 def vanished(scores):  # noqa: ANN001, ANN201 - number of the array's dtype

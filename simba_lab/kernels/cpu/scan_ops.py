@@ -12,7 +12,7 @@ from simba_lab.kernels.cpu.threads import use_torch_threads
 
 def _scan_outputs(x: Tensor, A: Tensor, initial: Tensor, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Unfilled output (B, L, D), final state (B, D, N) and, if wanted, states at the starts of chunks, by block."""
-    from simba_lab.kernels.cpu import scan
+    from simba_lab.kernels.cpu import scan_forward as scan
 
     batch, length, channels = x.shape
     chunks = -(-length // scan.CHUNK) if keep_states else 0
@@ -25,12 +25,12 @@ def _scan(
     x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, initial: Tensor,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from simba_lab.kernels.cpu import scan
+    from simba_lab.kernels.cpu import scan_forward
 
     use_torch_threads()
     out, final, starts = _scan_outputs(x, A, initial, keep_states)
     (x_, dt_, B_, C_, z_), strides = flat_views(x, dt, B, C, z)
-    scan.forward(
+    scan_forward.forward(
         x_, dt_, as_array(dt_bias), as_array(A), B_, C_, as_array(D), z_, strides, as_array(initial),
         out.view(-1).numpy(), final.numpy(), starts.numpy(),
     )  # fmt: skip
@@ -47,7 +47,7 @@ def _scan_backward(
     x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, starts: Tensor,
     dout: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from simba_lab.kernels.cpu import scan
+    from simba_lab.kernels.cpu import scan_backward
 
     use_torch_threads()
     batch, length, channels = x.shape
@@ -57,7 +57,7 @@ def _scan_backward(
     dB, dC = x.new_empty(2, batch, blocks, length, states).unbind()
     dD = x.new_empty(batch, channels)
     (x_, dt_, B_, C_, z_, dout_), strides = flat_views(x, dt, B, C, z, dout)
-    scan.backward(
+    scan_backward.backward(
         x_, dt_, as_array(dt_bias), as_array(A), B_, C_, as_array(D), z_, dout_, strides, as_array(starts),
         as_array(dfinal), dx.view(-1).numpy(), ddt.view(-1).numpy(), dA.numpy(), dB.view(-1).numpy(),
         dC.view(-1).numpy(), dD.numpy(), dz.view(-1).numpy(), dinitial.numpy(),
@@ -105,12 +105,13 @@ def _scored(
     x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, initial: Tensor,
     keep_states: bool, weight: Tensor, present: int, reduce: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from simba_lab.kernels.cpu import impact, scan, scan_scored
+    from simba_lab.kernels.cpu import impact, scan_forward, scan_scored
 
     use_torch_threads()
     out, final, starts = _scan_outputs(x, A, initial, keep_states)
-    best = x.new_empty(x.shape[0], -(-x.shape[2] // scan.WIDTH), present)
-    found, weights = best.view(-1).numpy(), reading(B[:, :present].detach(), C[:, present - 1].detach())
+    best = x.new_empty(x.shape[0], -(-x.shape[2] // scan_forward.WIDTH), present)
+    found = best.view(-1).numpy()
+    weights = reading(B.detach()[:, :present], C.detach()[:, present - 1], scan_forward.TOGETHER)
     (x_, dt_, B_, C_, z_), strides = flat_views(x, dt, B, C, z)
     scan_scored.forward(
         x_, dt_, as_array(dt_bias), as_array(A), B_, C_, as_array(D), z_, strides, as_array(initial),

@@ -1,16 +1,8 @@
-"""Selective scan for CPUs: forward and backward, compiled by Numba.
+"""Selective scan for CPUs, backward, compiled by Numba; jobs, blocks and chunks as in the forward pass.
 
-One job is one sequence times one block of ``WIDTH`` channels. Blocks are padded to ``WIDTH`` with channels in which x,
-A, D and the gradients are 0. Softplus, skip connection and gate are fused: nothing of size (length, channels) is
-written but the output.
-
-Both directions go chunk by chunk of ``CHUNK`` tokens: what does not touch the state is done for a whole chunk at once,
-in scratch memory (CHUNK, WIDTH) that stays in the cache; then the state passes through the chunk, ``LANES`` channels at
-a time, so that what the backward pass keeps of them does too. The forward pass keeps the state at the start of every
-chunk, from which the backward pass recomputes the others.
-
-Sums that cross jobs (A, B, C, D, bias) are written per job and added in a fixed order: results do not depend on the
-number of threads.
+From the state at the start of a chunk, which the forward pass kept, the others are recomputed, ``LANES`` channels at a
+time, so that they and the decays stay in the cache. Sums that cross jobs (A, B, C, D, bias) are written per job and
+added in a fixed order: results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -20,97 +12,13 @@ import numba
 from simba_lab.kernels.cpu.blocks import WIDTH, fetch, load_channels, load_rates, put, zeros
 from simba_lab.kernels.cpu.compiled import kernel
 from simba_lab.kernels.cpu.denormals import flush_denormals, restore_denormals
-from simba_lab.kernels.cpu.elementary import FAST, exp2, sigmoid, softplus
+from simba_lab.kernels.cpu.elementary import FAST, exp2, sigmoid
+from simba_lab.kernels.cpu.scan_forward import CHUNK, load_state, prepare, put_state
 from simba_lab.kernels.cpu.vectors import LANES, entry, load, store, total
 
-CHUNK = 32
 LN2 = 0.6931471805599453
 
 _inner = numba.njit(fastmath=FAST, error_model="numpy")
-
-
-@_inner
-def _prepare(dt_c, bias_block, x_c, D_block, steps, one, delta_c, u_c, y_c):
-    """Step sizes of a chunk, their products with x, and the skip connection in ``y_c``."""
-    for d in range(0, WIDTH, LANES):
-        bias, skip = load(bias_block, d), load(D_block, d)
-        for at in range(d, steps * WIDTH, WIDTH):
-            delta, x = softplus(load(dt_c, at) + bias, one), load(x_c, at)
-            store(delta_c, at, delta)
-            store(u_c, at, delta * x)
-            store(y_c, at, skip * x)
-
-
-@_inner
-def _advance(h, rates, delta_c, u_c, B, at_B, step_B, C, at_C, step_C, steps, y_c):
-    """The state moves on through the tokens of a chunk, and what it adds to the output is added to ``y_c``.
-
-    B_t begins at ``at_B + t step_B``, C_t likewise.
-    """
-    states = rates.size // WIDTH
-    for d in range(0, WIDTH, LANES):
-        for k in range(steps):
-            own, b, c = k * WIDTH + d, at_B + k * step_B, at_C + k * step_C
-            delta, u, y = load(delta_c, own), load(u_c, own), load(y_c, own)
-            for n in range(states):
-                at = n * WIDTH + d
-                value = exp2(delta * load(rates, at)) * load(h, at) + u * entry(B, b + n)
-                store(h, at, value)
-                y += value * entry(C, c + n)
-            store(y_c, own, y)
-
-
-@_inner
-def gate(z_c, one, steps, y_c):
-    for at in range(0, steps * WIDTH, LANES):
-        z = load(z_c, at)
-        store(y_c, at, load(y_c, at) * z * sigmoid(z, one))
-
-
-@_inner
-def _forward_job(x, dt, dt_bias, A, B, C, D, z, strides, initial, out, final, starts, i, block):
-    (channels, states), dtype = A.shape, out.dtype
-    length = out.size // (final.shape[0] * channels)
-    first = block * WIDTH
-    used = min(WIDTH, channels - first)
-    one = dtype.type(1)
-    rates, h = load_rates(A, first, used, dtype), zeros(states, dtype)
-    D_block, bias_block = load_channels(D, first, used, dtype), load_channels(dt_bias, first, used, dtype)
-    x_c, dt_c, z_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
-    delta_c, u_c, y_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
-    for d in range(used):
-        for n in range(states):
-            h[n * WIDTH + d] = initial[i, first + d, n]
-    for t0 in range(0, length, CHUNK):
-        steps = min(CHUNK, length - t0)
-        if starts.shape[1] > 0:
-            starts[i, t0 // CHUNK, block] = h
-        fetch(x, i * strides[0, 0] + t0 * strides[0, 1] + first, strides[0, 1], steps, used, CHUNK, x_c)
-        fetch(dt, i * strides[1, 0] + t0 * strides[1, 1] + first, strides[1, 1], steps, used, CHUNK, dt_c)
-        fetch(z, i * strides[4, 0] + t0 * strides[4, 1] + first, strides[4, 1], steps, used, CHUNK, z_c)
-        _prepare(dt_c, bias_block, x_c, D_block, steps, one, delta_c, u_c, y_c)
-        at_B, at_C = i * strides[2, 0] + t0 * strides[2, 1], i * strides[3, 0] + t0 * strides[3, 1]
-        _advance(h, rates, delta_c, u_c, B, at_B, strides[2, 1], C, at_C, strides[3, 1], steps, y_c)
-        gate(z_c, one, steps, y_c)
-        put(y_c, out, (i * length + t0) * channels + first, channels, steps, used)
-    for d in range(used):
-        for n in range(states):
-            final[i, first + d, n] = h[n * WIDTH + d]
-
-
-@kernel
-def forward(x, dt, dt_bias, A, B, C, D, z, strides, initial, out, final, starts):
-    """Gated output and final state; ``starts`` (B, ceil(L / CHUNK), D / WIDTH, N WIDTH) unless its length is 0.
-
-    ``strides[i]`` holds (batch, token) of x, dt, B, C, z in that order; out (B L D,), final and initial (B, D, N).
-    """
-    blocks = (A.shape[0] + WIDTH - 1) // WIDTH
-    for job in numba.prange(final.shape[0] * blocks):
-        before = flush_denormals()
-        _forward_job(
-            x, dt, dt_bias, A, B, C, D, z, strides, initial, out, final, starts, job // blocks, job % blocks
-        )  # fmt: skip
-        restore_denormals(before)
 
 
 @_inner
@@ -123,8 +31,9 @@ def _open_gate(z_c, dout_c, steps, one, dy_c):
 
 @_inner
 def _replay(rates, start, d, delta_c, u_c, B, at_B, step_B, C, at_C, step_C, dy_c, steps, h, decay, y_c, dC_c):
-    """:func:`_advance` from the start of a chunk for the lanes at ``d``, keeping decays and the states before tokens.
+    """The forward pass again, from the start of a chunk, for the lanes at ``d``.
 
+    Keeps decays and the states before tokens.
     Adds to ``dC_c`` (steps, N, LANES) the gradient of C, to be added up over lanes.
     """
     states = rates.size // WIDTH
@@ -200,7 +109,7 @@ def _input_gradients(
 
 
 @_inner
-def _backward_job(
+def _job(
     x, dt, dt_bias, A, B, C, D, z, dout, strides, starts, dfinal, dx, ddt, dA, dB, dC, dD, dz, dinitial, i, block
 ):  # fmt: skip
     (channels, states), dtype = A.shape, dx.dtype
@@ -216,9 +125,7 @@ def _backward_job(
     x_c, dt_c, z_c, dout_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
     delta_c, u_c, y_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
     dy_c, du_c, dlog_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
-    for d in range(used):
-        for n in range(states):
-            g[n * WIDTH + d] = dfinal[i, first + d, n]
+    load_state(dfinal, i, first, used, g)
     for chunk in range((length + CHUNK - 1) // CHUNK - 1, -1, -1):
         t0 = chunk * CHUNK
         steps = min(CHUNK, length - t0)
@@ -227,7 +134,7 @@ def _backward_job(
         fetch(dt, i * strides[1, 0] + t0 * strides[1, 1] + first, strides[1, 1], steps, used, -CHUNK, dt_c)
         fetch(z, i * strides[4, 0] + t0 * strides[4, 1] + first, strides[4, 1], steps, used, -CHUNK, z_c)
         fetch(dout, i * strides[5, 0] + t0 * strides[5, 1] + first, strides[5, 1], steps, used, -CHUNK, dout_c)
-        _prepare(dt_c, bias_block, x_c, D_block, steps, one, delta_c, u_c, y_c)
+        prepare(dt_c, bias_block, x_c, D_block, steps, one, delta_c, u_c, y_c)
         _open_gate(z_c, dout_c, steps, one, dy_c)
         at_B, at_C = i * strides[2, 0] + t0 * strides[2, 1], i * strides[3, 0] + t0 * strides[3, 1]
         for d in range(0, WIDTH, LANES):
@@ -249,11 +156,9 @@ def _backward_job(
         put(du_c, dx, to, channels, steps, used)
         put(dlog_c, ddt, to, channels, steps, used)
         put(y_c, dz, to, channels, steps, used)
-    for d in range(used):
-        dD[i, first + d] = dD_block[d]
-        for n in range(states):
-            dA[i, first + d, n] = dA_block[n * WIDTH + d]
-            dinitial[i, first + d, n] = g[n * WIDTH + d]
+    dD[i, first : first + used] = dD_block[:used]
+    put_state(dA_block, dA, i, first, used)
+    put_state(g, dinitial, i, first, used)
 
 
 @kernel
@@ -268,7 +173,7 @@ def backward(
     blocks = (A.shape[0] + WIDTH - 1) // WIDTH
     for job in numba.prange(dA.shape[0] * blocks):
         before = flush_denormals()
-        _backward_job(
+        _job(
             x, dt, dt_bias, A, B, C, D, z, dout, strides, starts, dfinal, dx, ddt, dA, dB, dC, dD, dz, dinitial,
             job // blocks, job % blocks,
         )  # fmt: skip
