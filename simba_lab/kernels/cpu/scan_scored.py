@@ -11,7 +11,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from simba_lab.kernels.cpu.blocks import WIDTH, fetch, load_channels, load_rates, put, unset, zeros
+from simba_lab.kernels.cpu.blocks import WIDTH, fetch, load_channels, load_rates, move, put, unset, zeros
 from simba_lab.kernels.cpu.compiled import kernel
 from simba_lab.kernels.cpu.denormals import flush_denormals, restore_denormals
 from simba_lab.kernels.cpu.elementary import FAST, exp2, larger, softplus
@@ -70,7 +70,7 @@ def _from_boundary(later, rates, n, d, least):
 
 
 @_inner
-def _look_back(later, rates, d, n, vanished, least, weights, at_weights, count, decays, impact_c):
+def _look_back(later, rates, d, n, vanished, least, weights_c, count, decays, impact_c):
     """Adds to ``impact_c`` (count, LANES) the decays to the boundary of ``TOGETHER`` states from ``n`` on, weighted.
 
     For ``count`` tokens; ``later`` are the sums of the steps after them.
@@ -83,9 +83,9 @@ def _look_back(later, rates, d, n, vanished, least, weights, at_weights, count, 
     p0, p1 = _from_boundary(later, rates, n, d, least), _from_boundary(later, rates, n + 1, d, least)
     p2, p3 = _from_boundary(later, rates, n + 2, d, least), _from_boundary(later, rates, n + 3, d, least)
     for k in range(count - 1, -1, -1):
-        w, at = at_weights + k * states + n, k * TOGETHER * LANES
-        impact = load(impact_c, k * LANES) + p0 * entry(weights, w) + p1 * entry(weights, w + 1)
-        store(impact_c, k * LANES, impact + p2 * entry(weights, w + 2) + p3 * entry(weights, w + 3))
+        w, at = k * states + n, k * TOGETHER * LANES
+        impact = load(impact_c, k * LANES) + p0 * entry(weights_c, w) + p1 * entry(weights_c, w + 1)
+        store(impact_c, k * LANES, impact + p2 * entry(weights_c, w + 2) + p3 * entry(weights_c, w + 3))
         p0, p1 = p0 * load(decays, at), p1 * load(decays, at + LANES)
         p2, p3 = p2 * load(decays, at + 2 * LANES), p3 * load(decays, at + 3 * LANES)
 
@@ -116,6 +116,7 @@ def _job(
     D_block, bias_block = load_channels(D, first, used, dtype), load_channels(dt_bias, first, used, dtype)
     weight_block = load_channels(channel_weights[i], first, used, dtype)
     B_c, C_c = zeros(CHUNK, dtype, padded(states)), zeros(CHUNK, dtype, padded(states))
+    weights_c = zeros(CHUNK, dtype, padded(states))
     x_c, z_c, u_c, y_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
     impact_c, found_c = zeros(CHUNK, dtype, LANES), zeros(CHUNK, dtype, LANES)
     decays, delta = zeros(CHUNK * TOGETHER, dtype, LANES), unset(length, dtype)
@@ -130,15 +131,17 @@ def _job(
         fetch(x, i * strides[0, 0] + t0 * strides[0, 1] + first, strides[0, 1], steps, used, CHUNK, x_c)
         fetch(z, i * strides[4, 0] + t0 * strides[4, 1] + first, strides[4, 1], steps, used, CHUNK, z_c)
         fetch_states(B, i * strides[2, 0] + t0 * strides[2, 1], strides[2, 1], steps, states, B_c)
+        if count > 0:
+            move(weights, (i * present + t0) * padded(states), count * padded(states), weights_c, 0)
         fetch_states(C, i * strides[3, 0] + t0 * strides[3, 1], strides[3, 1], steps, states, C_c)
         _multiply(delta, t0 * WIDTH, x_c, D_block, steps, u_c, y_c)
         found_c[:] = -np.inf if reduce == MAX else 0
         for d in range(0, WIDTH, LANES):
-            later, at_weights = load(sums, t0 // CHUNK * WIDTH + d), (i * present + t0) * padded(states)
+            later = load(sums, t0 // CHUNK * WIDTH + d)
             for n in range(0, padded(states), TOGETHER):
                 advance(h, rates, d, n, delta, t0 * WIDTH, u_c, B_c, C_c, steps, y_c, decays)
                 if count > 0 and d < used:
-                    _look_back(later, rates, d, n, vanished, least, weights, at_weights, count, decays, impact_c)
+                    _look_back(later, rates, d, n, vanished, least, weights_c, count, decays, impact_c)
             if count > 0 and d < used:
                 _fold(impact_c, u_c, d, load(weight_block, d), used, count, reduce, found_c)
         gate(z_c, one, steps, y_c)
