@@ -1,4 +1,4 @@
-"""Choosing the tokens that go on to the next layer, and moving them, on CPUs: no full sort, whole rows at a time."""
+"""Choosing the tokens that go on to the next layer, and moving them, on CPUs: whole rows at a time."""
 
 from __future__ import annotations
 
@@ -6,26 +6,23 @@ import torch
 from torch import Tensor
 
 from simba_lab.kernels import reference
+from simba_lab.kernels.cpu.arrays import as_array, computable
+from simba_lab.kernels.cpu.threads import use_torch_threads
 
 
 def select_tokens(scores: Tensor, k: int, protected: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See :func:`simba_lab.kernels.reference.select_tokens`.
-
-    The k-th highest score is a threshold; of the tokens that equal it the latest fill what those above leave free.
-    """
+    """See :func:`simba_lab.kernels.reference.select_tokens`."""
     if scores.is_meta:  # where nothing can be counted
         return reference.select_tokens(scores, k, protected, positions)
-    ranked = reference.protected_scores(scores, protected)
-    threshold = ranked.kthvalue(ranked.shape[1] - k + 1, dim=1, keepdim=True).values
-    above, equal = ranked > threshold, ranked == threshold
-    free = k - above.sum(1, keepdim=True)
-    later = equal.sum(1, keepdim=True) - equal.cumsum(1)  # equals that come later
-    kept = above | (equal & (later < free))
-    # Each kept token writes its position to its place among them, every other one to a place behind the last.
-    place = torch.where(kept, kept.cumsum(1) - 1, k)
-    tokens = torch.arange(ranked.shape[1], device=ranked.device).expand_as(place)
-    chosen = torch.zeros(len(ranked), k + 1, dtype=torch.int64, device=ranked.device).scatter_(1, place, tokens)[:, :k]
-    return chosen, chosen if positions is None else positions.gather(1, chosen)
+    from simba_lab.kernels.cpu import select
+
+    use_torch_threads()
+    if positions is None:
+        positions = torch.arange(scores.shape[1]).expand(scores.shape)
+    chosen, kept = torch.empty(2, len(scores), k, dtype=torch.int64).unbind()
+    ranked, places = as_array(computable(scores)), as_array(positions)
+    select.select(ranked, protected, places, chosen.numpy(), kept.numpy())
+    return chosen, kept
 
 
 def keep_tokens(hidden: Tensor, residual: Tensor, chosen: Tensor, present: int) -> tuple[Tensor, Tensor]:
