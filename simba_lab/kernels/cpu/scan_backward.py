@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import numba
 
-from simba_lab.kernels.cpu.blocks import WIDTH, fetch, load_channels, load_rates, put, zeros
+from simba_lab.kernels.cpu.blocks import WIDTH, fetch, load_channels, load_rates, move, put, zeros
 from simba_lab.kernels.cpu.compiled import kernel
 from simba_lab.kernels.cpu.denormals import flush_denormals, restore_denormals
 from simba_lab.kernels.cpu.elementary import FAST, exp2, sigmoid
-from simba_lab.kernels.cpu.scan_forward import CHUNK, load_state, prepare, put_state
+from simba_lab.kernels.cpu.scan_forward import CHUNK, TOGETHER, fetch_states, load_state, padded, prepare, put_state
 from simba_lab.kernels.cpu.vectors import LANES, entry, load, store, total
 
 LN2 = 0.6931471805599453
@@ -30,63 +30,88 @@ def _open_gate(z_c, dout_c, steps, one, dy_c):
 
 
 @_inner
-def _replay(rates, start, d, delta_c, u_c, B, at_B, step_B, C, at_C, step_C, dy_c, steps, h, decay, y_c, dC_c):
-    """The forward pass again, from the start of a chunk, for the lanes at ``d``.
+def _replay(rates, start, d, n, delta_c, u_c, B_c, C_c, dy_c, steps, h, decays, y_c, dC_c):
+    """The forward pass again, from the start of a chunk, of ``TOGETHER`` states from ``n`` on in the lanes at ``d``.
 
-    Keeps decays and the states before tokens.
-    Adds to ``dC_c`` (steps, N, LANES) the gradient of C, to be added up over lanes.
+    Keeps ``decays`` and the states ``h`` before tokens (steps, TOGETHER, LANES). Adds to ``dC_c`` (steps, padded
+    states, LANES) the gradient of C, to be added up over lanes.
     """
-    states = rates.size // WIDTH
-    for n in range(states):
-        store(h, n * LANES, load(start, n * WIDTH + d))
+    states, at, row = rates.size // WIDTH, n * WIDTH + d, WIDTH
+    r0, r1, r2, r3 = load(rates, at), load(rates, at + row), load(rates, at + 2 * row), load(rates, at + 3 * row)
+    h0, h1, h2, h3 = load(start, at), load(start, at + row), load(start, at + 2 * row), load(start, at + 3 * row)
     for k in range(steps):
-        own, b, c = k * WIDTH + d, at_B + k * step_B, at_C + k * step_C
-        delta, u, y, dy = load(delta_c, own), load(u_c, own), load(y_c, own), load(dy_c, own)
-        for n in range(states):
-            at = (k * states + n) * LANES
-            factor = exp2(delta * load(rates, n * WIDTH + d))
-            value = factor * load(h, at) + u * entry(B, b + n)
-            store(decay, at, factor)
-            store(h, at + states * LANES, value)
-            store(dC_c, at, load(dC_c, at) + dy * value)
-            y += value * entry(C, c + n)
-        store(y_c, own, y)
+        own, b, to = k * WIDTH + d, k * states + n, k * TOGETHER * LANES
+        step, u, y, dy = load(delta_c, own), load(u_c, own), load(y_c, own), load(dy_c, own)
+        a0, a1, a2, a3 = exp2(step * r0), exp2(step * r1), exp2(step * r2), exp2(step * r3)
+        store(decays, to, a0)
+        store(decays, to + LANES, a1)
+        store(decays, to + 2 * LANES, a2)
+        store(decays, to + 3 * LANES, a3)
+        store(h, to, h0)
+        store(h, to + LANES, h1)
+        store(h, to + 2 * LANES, h2)
+        store(h, to + 3 * LANES, h3)
+        h0, h1 = a0 * h0 + u * entry(B_c, b), a1 * h1 + u * entry(B_c, b + 1)
+        h2, h3 = a2 * h2 + u * entry(B_c, b + 2), a3 * h3 + u * entry(B_c, b + 3)
+        y = y + h0 * entry(C_c, b) + h1 * entry(C_c, b + 1)
+        store(y_c, own, y + h2 * entry(C_c, b + 2) + h3 * entry(C_c, b + 3))
+        to = b * LANES
+        store(dC_c, to, load(dC_c, to) + dy * h0)
+        store(dC_c, to + LANES, load(dC_c, to + LANES) + dy * h1)
+        store(dC_c, to + 2 * LANES, load(dC_c, to + 2 * LANES) + dy * h2)
+        store(dC_c, to + 3 * LANES, load(dC_c, to + 3 * LANES) + dy * h3)
 
 
 @_inner
 def _retreat(
-    rates, d, delta_c, u_c, B, at_B, step_B, C, at_C, step_C, dy_c, steps, h, decay, g, du_c, dlog_c, dA_block, dB_c
+    rates, d, n, delta_c, u_c, B_c, C_c, dy_c, steps, h, decays, g, du_c, dlog_c, dA_block, dB_c
 ):  # fmt: skip
-    """Backwards through a chunk: ``g`` (N, WIDTH), the gradient of the state, and what it passes on.
+    """Backwards through a chunk: ``g`` (padded states, WIDTH), the gradient of the state, and what it passes on.
 
-    ``dlog_c`` is the gradient of the step size through the decays, times log2(e).
+    Adds to ``du_c``, the gradient of u, and ``dlog_c``, that of the step size through the decays, times log2(e).
     """
-    states = rates.size // WIDTH
+    states, at, row = rates.size // WIDTH, n * WIDTH + d, WIDTH
+    r0, r1, r2, r3 = load(rates, at), load(rates, at + row), load(rates, at + 2 * row), load(rates, at + 3 * row)
+    g0, g1, g2, g3 = load(g, at), load(g, at + row), load(g, at + 2 * row), load(g, at + 3 * row)
+    s0, s1 = load(dA_block, at), load(dA_block, at + row)
+    s2, s3 = load(dA_block, at + 2 * row), load(dA_block, at + 3 * row)
     for k in range(steps - 1, -1, -1):
-        own, b, c = k * WIDTH + d, at_B + k * step_B, at_C + k * step_C
-        delta, u, dy = load(delta_c, own), load(u_c, own), load(dy_c, own)
-        du = dlog = dy - dy
-        for n in range(states):
-            at, of_state = (k * states + n) * LANES, n * WIDTH + d
-            dh = load(g, of_state) + dy * entry(C, c + n)
-            store(dB_c, at, load(dB_c, at) + dh * u)
-            du += dh * entry(B, b + n)
-            dh = dh * load(decay, at)
-            store(g, of_state, dh)
-            dh = dh * load(h, at)
-            dlog += dh * load(rates, of_state)
-            store(dA_block, of_state, load(dA_block, of_state) + dh * delta)
-        store(du_c, own, du)
-        store(dlog_c, own, dlog)
+        own, b, of = k * WIDTH + d, k * states + n, k * TOGETHER * LANES
+        step, u, dy = load(delta_c, own), load(u_c, own), load(dy_c, own)
+        g0, g1 = g0 + dy * entry(C_c, b), g1 + dy * entry(C_c, b + 1)
+        g2, g3 = g2 + dy * entry(C_c, b + 2), g3 + dy * entry(C_c, b + 3)
+        to = b * LANES
+        store(dB_c, to, load(dB_c, to) + g0 * u)
+        store(dB_c, to + LANES, load(dB_c, to + LANES) + g1 * u)
+        store(dB_c, to + 2 * LANES, load(dB_c, to + 2 * LANES) + g2 * u)
+        store(dB_c, to + 3 * LANES, load(dB_c, to + 3 * LANES) + g3 * u)
+        du = load(du_c, own) + g0 * entry(B_c, b) + g1 * entry(B_c, b + 1)
+        store(du_c, own, du + g2 * entry(B_c, b + 2) + g3 * entry(B_c, b + 3))
+        g0, g1 = g0 * load(decays, of), g1 * load(decays, of + LANES)
+        g2, g3 = g2 * load(decays, of + 2 * LANES), g3 * load(decays, of + 3 * LANES)
+        t0, t1 = g0 * load(h, of), g1 * load(h, of + LANES)
+        t2, t3 = g2 * load(h, of + 2 * LANES), g3 * load(h, of + 3 * LANES)
+        store(dlog_c, own, load(dlog_c, own) + t0 * r0 + t1 * r1 + t2 * r2 + t3 * r3)
+        s0, s1, s2, s3 = s0 + t0 * step, s1 + t1 * step, s2 + t2 * step, s3 + t3 * step
+    store(g, at, g0)
+    store(g, at + row, g1)
+    store(g, at + 2 * row, g2)
+    store(g, at + 3 * row, g3)
+    store(dA_block, at, s0)
+    store(dA_block, at + row, s1)
+    store(dA_block, at + 2 * row, s2)
+    store(dA_block, at + 3 * row, s3)
 
 
 @_inner
-def _add_lanes(sums, count, target, first):
-    """``target`` from ``first`` on: each of ``count`` vectors added up, and 0 in their place."""
-    for at in range(count):
-        lanes_ = load(sums, at * LANES)
-        target[first + at] = total(lanes_)
-        store(sums, at * LANES, lanes_ - lanes_)
+def _add_lanes(sums, steps, states, target, first):
+    """``target`` (steps, N) from ``first`` on: vectors (steps, padded states) added up, and 0 in their place."""
+    for k in range(steps):
+        for n in range(states):
+            at = (k * padded(states) + n) * LANES
+            lanes_ = load(sums, at)
+            target[first + k * states + n] = total(lanes_)
+            store(sums, at, lanes_ - lanes_)
 
 
 @_inner
@@ -117,11 +142,12 @@ def _job(
     first = block * WIDTH
     used = min(WIDTH, channels - first)
     one, ln2 = dtype.type(1), dtype.type(LN2)
-    rates = load_rates(A, first, used, dtype)
+    rates = load_rates(A, first, used, dtype, WIDTH, padded(states))
     D_block, bias_block = load_channels(D, first, used, dtype), load_channels(dt_bias, first, used, dtype)
-    g, dA_block, dD_block = zeros(states, dtype), zeros(states, dtype), zeros(1, dtype)
-    h, decay = zeros((CHUNK + 1) * states, dtype, LANES), zeros(CHUNK * states, dtype, LANES)
-    dB_c, dC_c = zeros(CHUNK * states, dtype, LANES), zeros(CHUNK * states, dtype, LANES)
+    g, dA_block, start = zeros(padded(states), dtype), zeros(padded(states), dtype), zeros(padded(states), dtype)
+    dD_block, B_c, C_c = zeros(1, dtype), zeros(CHUNK, dtype, padded(states)), zeros(CHUNK, dtype, padded(states))
+    h, decays = zeros(CHUNK * TOGETHER, dtype, LANES), zeros(CHUNK * TOGETHER, dtype, LANES)
+    dB_c, dC_c = zeros(CHUNK * padded(states), dtype, LANES), zeros(CHUNK * padded(states), dtype, LANES)
     x_c, dt_c, z_c, dout_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
     delta_c, u_c, y_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
     dy_c, du_c, dlog_c = zeros(CHUNK, dtype), zeros(CHUNK, dtype), zeros(CHUNK, dtype)
@@ -129,26 +155,26 @@ def _job(
     for chunk in range((length + CHUNK - 1) // CHUNK - 1, -1, -1):
         t0 = chunk * CHUNK
         steps = min(CHUNK, length - t0)
-        start = starts[i, chunk, block]
+        move(starts[i, chunk, block], 0, states * WIDTH, start, 0)
         fetch(x, i * strides[0, 0] + t0 * strides[0, 1] + first, strides[0, 1], steps, used, -CHUNK, x_c)
         fetch(dt, i * strides[1, 0] + t0 * strides[1, 1] + first, strides[1, 1], steps, used, -CHUNK, dt_c)
         fetch(z, i * strides[4, 0] + t0 * strides[4, 1] + first, strides[4, 1], steps, used, -CHUNK, z_c)
         fetch(dout, i * strides[5, 0] + t0 * strides[5, 1] + first, strides[5, 1], steps, used, -CHUNK, dout_c)
         prepare(dt_c, bias_block, x_c, D_block, steps, one, delta_c, u_c, y_c)
         _open_gate(z_c, dout_c, steps, one, dy_c)
-        at_B, at_C = i * strides[2, 0] + t0 * strides[2, 1], i * strides[3, 0] + t0 * strides[3, 1]
+        fetch_states(B, i * strides[2, 0] + t0 * strides[2, 1], strides[2, 1], steps, states, B_c)
+        fetch_states(C, i * strides[3, 0] + t0 * strides[3, 1], strides[3, 1], steps, states, C_c)
+        du_c[:] = 0
+        dlog_c[:] = 0
         for d in range(0, WIDTH, LANES):
-            _replay(
-                rates, start, d, delta_c, u_c, B, at_B, strides[2, 1], C, at_C, strides[3, 1], dy_c, steps,
-                h, decay, y_c, dC_c,
-            )  # fmt: skip
-            _retreat(
-                rates, d, delta_c, u_c, B, at_B, strides[2, 1], C, at_C, strides[3, 1], dy_c, steps,
-                h, decay, g, du_c, dlog_c, dA_block, dB_c,
-            )  # fmt: skip
+            for n in range(0, padded(states), TOGETHER):
+                _replay(rates, start, d, n, delta_c, u_c, B_c, C_c, dy_c, steps, h, decays, y_c, dC_c)
+                _retreat(
+                    rates, d, n, delta_c, u_c, B_c, C_c, dy_c, steps, h, decays, g, du_c, dlog_c, dA_block, dB_c
+                )  # fmt: skip
         to = ((i * blocks + block) * length + t0) * states
-        _add_lanes(dB_c, steps * states, dB, to)
-        _add_lanes(dC_c, steps * states, dC, to)
+        _add_lanes(dB_c, steps, states, dB, to)
+        _add_lanes(dC_c, steps, states, dC, to)
         _input_gradients(
             dt_c, bias_block, x_c, z_c, dout_c, D_block, delta_c, dy_c, steps, one, ln2, y_c, du_c, dlog_c, dD_block
         )  # fmt: skip
