@@ -143,6 +143,7 @@ def test_projection_equals_the_product(shape: tuple[int, ...], d_out: int, dtype
 def test_projection_of_slices_with_and_without_onednn(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
     if not fast:
         monkeypatch.setattr(dense, "_has_onednn", lambda: False)
+    monkeypatch.setattr(dense, "_is_intel", lambda: False)
     slices = draw(2, 21, 40, dtype=torch.float32).split((3, 20, 17), dim=-1)
     for x in (*slices, slices[1].mT.contiguous().mT, slices[1][:, ::2], slices[1][:1].expand(4, -1, -1)):
         weight = draw(11, 2 * x.shape[-1], dtype=torch.float32)[:, ::2]

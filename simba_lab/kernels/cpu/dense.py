@@ -2,10 +2,14 @@
 
 torch sends fp32 products to MKL, which on AMD processors reaches about half of what oneDNN does (forward and gradient
 of the input, shapes of this project, two cores of an AMD EPYC). oneDNN is asked for by the operator that torch's own
-compiler emits for CPUs; where it is missing, and for other dtypes, torch's default runs.
+compiler emits for CPUs; where it is missing, and for other dtypes, torch's default runs. On Intel's processors both
+are alike, but MKL needs no transposed copy for the gradient of a weight: a training step takes 8 % less with it there.
 """
 
 from __future__ import annotations
+
+import functools
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +18,14 @@ from torch import Tensor
 
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@functools.cache
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # another system than Linux
+        return False
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -32,7 +44,7 @@ def _weight_gradient(x: Tensor, dout: Tensor) -> Tensor:
     oneDNN wants the left factor in rows, so one of the two is transposed first: the narrower, which costs little. The
     right factor may stand transposed, if it has no gaps: with gaps oneDNN falls back to a loop 1,000 times slower.
     """
-    if not _has_onednn() or x.shape[0] == 0:
+    if not _has_onednn() or _is_intel() or x.shape[0] == 0:
         return dout.t() @ x
     x, dout = x.contiguous(), dout.contiguous()
     if x.shape[1] <= dout.shape[1]:
