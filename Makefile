@@ -100,12 +100,15 @@ lock: check-python  ## resolve pyproject.toml afresh and pin the outcome in requ
 	mv requirements.lock.new requirements.lock
 	rm -rf .lock-venv
 
+NEEDED_MB ?= 3300
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
 INSTALL_LOG := $(VENV)/install.log
 
 $(STAMP): requirements.lock requirements-data.lock pyproject.toml | check-python
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "make: $(PYTHON) cannot make a virtual environment: install its venv module (Debian: python3-venv)" >&2; exit 1; }
+	@free=$$(df -Pm $(VENV) | awk 'NR == 2 {print $$4}'); test "$$free" -ge $(NEEDED_MB) || { \
+	  echo "make: $$free MB are free here and the installation takes $(NEEDED_MB): free some" >&2; exit 1; }
 	@echo "Installing requirements.lock into $(VENV), once (everything pip says: $(INSTALL_LOG)); large downloads:"
 	@{ $(PIP) --requirement requirements.lock && $(PIP) --no-deps --requirement requirements-data.lock \
 	  && $(PIP) --no-deps --no-build-isolation --editable .; } 2>&1 \
