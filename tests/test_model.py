@@ -45,7 +45,9 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def decoding_equals_one_pass(sparse: LanguageModel, tokens: Tensor, n_context: int, *cuttings: Sequence[int]) -> Output:
+def decoding_equals_one_pass(
+    sparse: LanguageModel, tokens: Tensor, n_context: int, *cuttings: Sequence[int]
+) -> Output:
     """The one pass. Each cutting bounds the pieces in which the suffix is decoded after the prefill."""
     whole, prefix = sparse(tokens, n_context=n_context), sparse.prefill(tokens[:, :n_context])
     assert same_kept(whole, prefix)

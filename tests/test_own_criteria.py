@@ -319,6 +319,11 @@ def test_a_gpus_kernels_cost_inside_a_criterion_what_a_cpus_cost(dtype: torch.dt
     assert counted[2] >= counted[0] and counted[3] >= counted[1], "the CPU's op does a little beside itself"
 
 
+def test_a_kernel_without_a_cost_is_named() -> None:
+    with measure.OperationCounter(), pytest.raises(InputError, match="linear has no stated cost inside a criterion"):
+        resolve("numba", "cpu").linear(torch.ones(2, 3), torch.ones(4, 3))
+
+
 def test_every_kernel_a_criterion_may_call_has_a_cost() -> None:
     names = {name.removesuffix("_triton") for name in measure._OURS}
     assert names == {"causal_conv", "selective_scan", "global_impact", "ssd", "ssd_impact"}

@@ -193,7 +193,9 @@ def test_figures_are_searchable_svg_with_their_numbers_as_csv() -> None:
         texts = ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
         assert len(texts) > 10 and "width" not in root.attrib
         assert "currentColor" in figure.svg and "#010203" not in figure.svg
-        assert len(figure.caption) > 100 and ("nats/token" in figure.caption or figure.key in ("keep", "importance"))
+        assert len(figure.caption) > 100 and (
+            "nats/token" in figure.caption or figure.key in ("keep", "importance")
+        )
         if figure.key == "forest":
             assert {arm["name"] for arm in results["arms"][1:]} <= set(texts)
     table = list(csv.DictReader(io.StringIO(figures["forest"].csv)))

@@ -117,11 +117,9 @@ def test_names_show_every_option_that_was_set(lab: tiny.Lab, tmp_path: Path) -> 
         },
         {
             "criterion": {
-                "class_path": "blocks",
-                "init_args": {"criterion": {"class_path": "random", "init_args": {"seed": 2}}},
+                "class_path": "blocks", "init_args": {"criterion": {"class_path": "random", "init_args": {"seed": 2}}},
             },
-            "schedule": "linear",
-            "convolution": "adjacent",
+            "schedule": "linear", "convolution": "adjacent",
         },
         {"kind": "dense", "name": "whole"},
     ]

@@ -109,6 +109,9 @@ class OperationCounter(TorchDispatchMode):
             return output
         packet = func.overloadpacket
         if func.namespace == "simba_lab":
+            if packet.__name__ not in _OURS:
+                known = ", ".join(_OURS)
+                raise InputError(f"{packet.__name__} has no stated cost inside a criterion; use one of {known}")
             self.flops += _OURS[packet.__name__](*args)
         elif packet in flop_registry:
             self.flops += int(flop_registry[packet](*args, **kwargs, out_val=output))

@@ -1,8 +1,8 @@
 """Selective scan for CPUs, backward, compiled by Numba; jobs, blocks and chunks as in the forward pass.
 
-From the state at the start of a chunk, which the forward pass kept, the others are recomputed, ``LANES`` channels at a
-time, so that they and the decays stay in the cache. Sums that cross jobs (A, B, C, D, bias) are written per job and
-added in a fixed order: results do not depend on the number of threads.
+From the state at the start of a chunk, which the forward pass kept, the others are recomputed, ``LANES`` channels and
+``TOGETHER`` states at a time, so that they and the decays stay in the cache. Sums that cross jobs (A, B, C, D, bias)
+are written per job and added in a fixed order: results do not depend on the number of threads.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from simba_lab.kernels.cpu.threads import use_torch_threads
 
 def _scan_outputs(x: Tensor, A: Tensor, initial: Tensor, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Unfilled output (B, L, D), final state (B, D, N) and, if wanted, states at the starts of chunks, by block."""
-    from simba_lab.kernels.cpu import scan_forward as scan
+    from simba_lab.kernels.cpu.scan_forward import CHUNK, WIDTH
 
     batch, length, channels = x.shape
-    chunks = -(-length // scan.CHUNK) if keep_states else 0
-    starts = x.new_empty(batch, chunks, -(-channels // scan.WIDTH), A.shape[1] * scan.WIDTH)
+    chunks = -(-length // CHUNK) if keep_states else 0
+    starts = x.new_empty(batch, chunks, -(-channels // WIDTH), A.shape[1] * WIDTH)
     return x.new_empty(x.shape), initial.new_empty(initial.shape), starts
 
 

@@ -131,9 +131,9 @@ def _job(
         fetch(x, i * strides[0, 0] + t0 * strides[0, 1] + first, strides[0, 1], steps, used, CHUNK, x_c)
         fetch(z, i * strides[4, 0] + t0 * strides[4, 1] + first, strides[4, 1], steps, used, CHUNK, z_c)
         fetch_states(B, i * strides[2, 0] + t0 * strides[2, 1], strides[2, 1], steps, states, B_c)
+        fetch_states(C, i * strides[3, 0] + t0 * strides[3, 1], strides[3, 1], steps, states, C_c)
         if count > 0:
             move(weights, (i * present + t0) * padded(states), count * padded(states), weights_c, 0)
-        fetch_states(C, i * strides[3, 0] + t0 * strides[3, 1], strides[3, 1], steps, states, C_c)
         _multiply(delta, t0 * WIDTH, x_c, D_block, steps, u_c, y_c)
         found_c[:] = -np.inf if reduce == MAX else 0
         for d in range(0, WIDTH, LANES):
