@@ -44,7 +44,7 @@ _OURS: dict[str, Callable[..., int]] = {
         x.shape[0] * x.shape[1], *A.shape, gated, reduce
     ),
     "ssd": lambda x, delta, A, B, *_: cost.ssd(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], B.shape[3]),
-    "ssd_impact": lambda x, delta, A, B, C, gate, reduce, gated: cost.ssd_impact(
+    "ssd_impact": lambda x, dt, dt_bias, A, B, C, gate, reduce, gated: cost.ssd_impact(
         x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], x.shape[2], B.shape[2], B.shape[3], gated, reduce
     ),
     "causal_conv_triton": _conv,

@@ -84,15 +84,19 @@ def ssd(
 
 @torch.library.custom_op("simba_lab::ssd_impact", mutates_args=(), device_types="cpu")
 def _impact(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C_boundary: Tensor, gate: Tensor, reduce: str, gated: bool
-) -> Tensor:
+    x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C_boundary: Tensor, gate: Tensor, reduce: str,
+    gated: bool,
+) -> Tensor:  # fmt: skip
+    wide = torch.promote_types(x.dtype, torch.float32)
+    delta = reference.step_size(dt, dt_bias).to(wide)
+    x, A, B, C_boundary, gate = (t.to(wide) for t in (x, A, B, C_boundary, gate))
     impact = reference.ssd_impact_per_channel(x, delta, A, B, C_boundary)
     return reference.reduce_channels(impact.mul_(gate[:, None]).flatten(2), reduce)
 
 
 @_impact.register_fake
-def _(x, delta, A, B, C_boundary, gate, reduce, gated):  # noqa: ANN001, ANN202
-    return x.new_empty(x.shape[:2])
+def _(x, dt, dt_bias, A, B, C_boundary, gate, reduce, gated):  # noqa: ANN001, ANN202
+    return x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def ssd_impact(
@@ -100,12 +104,9 @@ def ssd_impact(
     reduce: str = "max",
 ) -> Tensor:  # fmt: skip
     """See :func:`simba_lab.kernels.reference.ssd_impact`; scores carry no gradient."""
-    wide = torch.promote_types(x.dtype, torch.float32)
     with torch.no_grad():
-        delta = reference.step_size(dt, dt_bias)
         weight = x.new_ones(1) if gate is None else gate
-        tensors = (t.to(wide) for t in (x, delta, A, B, C_boundary, weight))
-        return _impact(*tensors, reduce, gate is not None)
+        return _impact(x, dt, dt_bias, A, B, C_boundary, weight, reduce, gate is not None)
 
 
 @torch.library.custom_op("simba_lab::gated_rms_norm", mutates_args=(), device_types="cpu")
