@@ -1,8 +1,9 @@
 """What is committed of finished sweeps and runs: experiments/results/*.json, one line for each, from runs/.
 
-    .venv/bin/python experiments/collect.py [FOLDER]      # FOLDER holds sweeps/ and ladder/; runs by default
+    .venv/bin/python experiments/collect.py [FOLDER]      # FOLDER holds sweeps/, ladder/, flow-*.json; runs by default
 
-Sweeps are sorted into files by the first word of their folders' names (pair-12m-1024 into pairs.json).
+Sweeps are sorted into files by the first word of their folders' names (pair-12m-1024 into pairs.json); what
+`simba-lab inspect --flow --json FOLDER/flow-NAME.json` measured goes to highways.json.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ OF_ARM = (
 OF_CONFIG = ("experiment", "split", "windows", "n_context", "dtype", "device", "recall", "search")
 
 
-def rounded(value: Any) -> Any:
-    """Numbers to six digits, in lists too."""
+def rounded(value: Any, digits: int = 6) -> Any:
+    """Numbers to so many digits, in lists too."""
     if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+        return [rounded(item, digits) for item in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def sweep(path: Path) -> dict[str, Any]:
@@ -61,6 +62,16 @@ def run(folder: Path) -> dict[str, Any]:
         row = json.loads(line)
         record |= {key: rounded(value) for key, value in row.items() if key.startswith(("val/", "test/"))}
     return record
+
+
+def highways(path: Path) -> dict[str, Any]:
+    """Redundancy, flow and path length by layer, to four digits, with what they were measured on."""
+    seen = json.loads(path.read_text())
+    kept = chosen(seen, ("command", "checkpoint", "source", "n_layer", "layer", "environment"))
+    measured = {**seen["highways"]}
+    for name in ("arms", "loss_rise"):
+        measured[name] = [{key: rounded(value, 4) for key, value in item.items()} for item in measured[name]]
+    return kept | measured
 
 
 def chosen(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
@@ -89,6 +100,9 @@ def main() -> None:
         found = {path.parent.name: sweep(path) for path in sweeps if path.parent.name.startswith(f"{first}-")}
         if found:
             write(name, found)
+    flows = sorted(folder.glob("flow-*.json"))
+    if flows:
+        write("highways", {path.stem: highways(path) for path in flows})
     records = sorted((folder / "ladder").glob("*/run.json"))
     if records:
         write("runs", {path.parent.name: run(path.parent) for path in records})

@@ -206,7 +206,7 @@ def test_gradcheck_contract_and_runs_without_data(compiled) -> None:
     arguments = [t.detach().clone().requires_grad_() for t in (s["x"], delta, *(s[n] for n in SSD[3:]))]
     torch.library.opcheck(mamba2._ssd, (*arguments, 2, True), test_utils=checks)
     gate = torch.ones(2, 2, 2, dtype=torch.float64)
-    scored = (s["x"], delta, s["A"], s["B"], s["C"][:, -1], gate, "max", True)
+    scored = (*(s[n] for n in SSD[:5]), s["C"][:, -1], gate, "max", True)
     torch.library.opcheck(mamba2._impact, scored, test_utils=checks)
     normed = [value.detach().clone().requires_grad_() for value in norm_inputs(2, 4).values()]
     torch.library.opcheck(mamba2._gated_norm, (*normed, 1e-3, 2), test_utils=checks)

@@ -96,8 +96,8 @@ def _ssd(inputs: list[Any], outputs: list[Any]) -> float:
 
 
 def _ssd_impact(inputs: list[Any], outputs: list[Any]) -> float:
-    (batch, length, heads, width), (*_, groups, states) = _shape(inputs[0]), _shape(inputs[3])
-    reduce, gated = inputs[6].toIValue(), inputs[7].toIValue()
+    (batch, length, heads, width), (*_, groups, states) = _shape(inputs[0]), _shape(inputs[4])
+    reduce, gated = inputs[7].toIValue(), inputs[8].toIValue()
     return cost.ssd_impact(batch * length, heads * width, heads, groups, states, gated, reduce) / 2
 
 
