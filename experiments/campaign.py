@@ -85,7 +85,11 @@ class Campaign:
         return bool(self.running or self.waiting)
 
     def stop(self) -> None:
-        """SIGTERM to all jobs, and the time they need to save."""
+        """SIGTERM to all jobs, and the time they need to save, which a second signal does not cut short."""
+        if self.running:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            print(f"stopping: {', '.join(self.running)}", flush=True)
         for process, _, _ in self.running.values():
             process.terminate()
         for process, _, _ in self.running.values():

@@ -40,8 +40,10 @@ class Job:
     choose: str | None = None
 
     def command(self) -> list[str]:
-        """To be run when all it needs is done."""
+        """To be run when all it needs is done; a training goes on from its last checkpoint, if it has one."""
         more = [] if self.choose is None else ["--set", f"arms.2.criterion.init_args.layer={layer_of(self.choose)}"]
+        if self.training and (self.done.parent / "checkpoints" / "last.ckpt").is_file():
+            more = ["--ckpt_path", "last"]
         return [sys.executable, "-m", "simba_lab", *self.arguments, *more]
 
     def is_done(self) -> bool:

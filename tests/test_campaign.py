@@ -79,6 +79,17 @@ def test_the_layer_with_the_least_price(tmp_path: Path, monkeypatch: pytest.Monk
     assert job.command()[-2:] == ["--set", "arms.2.criterion.init_args.layer=0.7"]
 
 
+def test_a_training_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    job = jobs.Job("fit-x", ["fit"], tmp_path / "run.json", training=True)
+    job.done.write_text('{"status": "stopped"}')
+    assert not job.is_done() and job.command()[-1] == "fit"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").touch()
+    assert job.command()[-3:] == ["fit", "--ckpt_path", "last"]
+    job.done.write_text('{"status": "done"}')
+    assert job.is_done()
+
+
 # Running them
 
 
@@ -155,12 +166,32 @@ def test_a_failure_costs_only_what_needs_it(
     assert "fit-a: FAILED, exit code 3" in printed and "of-of-a: FAILED, needs of-a, which failed" in printed
 
 
-def test_a_stop_reaches_every_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [script(tmp_path, name, "wait") for name in ("one", "two")]
-    state = run(found, 1, monkeypatch, tmp_path)
-    until(lambda: all(job.done.with_suffix(".begun").exists() for job in found), state.step)
+STOPPED = """
+import signal, sys, time
+sys.path[:0] = [{experiments!r}, {tests!r}]
+from pathlib import Path
+from test_campaign import campaign, script
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+campaign.LOGS = Path({folder!r}) / "logs"
+found = [script(Path({folder!r}), name, "wait") for name in ("one", "two")]
+state = campaign.Campaign({{job.name: job for job in found}}, 1, campaign.start)
+try:
+    while state.step():
+        time.sleep(0.05)
+finally:
     state.stop()
-    assert all(job.done.with_suffix(".saved").exists() and not job.done.exists() for job in found)
+"""
+
+
+def test_a_stop_reaches_every_job_and_waits_for_it(tmp_path: Path) -> None:
+    """Two signals, as `timeout` sends them: the second must not end the waiting."""
+    places = {"experiments": str(ROOT / "experiments"), "tests": str(ROOT / "tests"), "folder": str(tmp_path)}
+    program = subprocess.Popen([sys.executable, "-c", STOPPED.format(**places)])
+    until(lambda: all((tmp_path / f"{name}.begun").exists() for name in ("one", "two")), lambda: None)
+    program.terminate()
+    program.terminate()
+    assert program.wait(60) == 143
+    assert all((tmp_path / f"{name}.saved").exists() for name in ("one", "two"))
 
 
 def test_the_command_lists_and_refuses() -> None:
