@@ -28,6 +28,8 @@ from jobs import RUNS, Job, all_jobs
 LOGS = RUNS / "campaign"
 # On one H200 a 63m beside a Mamba-2 12m trains at 1.2e14 FLOP/s in all, alone at 1.6e14.
 TRAININGS_PER_GPU, OTHERS_PER_GPU = 1, 4
+SAY_EVERY = 60
+"""Seconds between two looks at what is running."""
 
 
 def selected(jobs: Mapping[str, Job], patterns: Sequence[str]) -> dict[str, Job]:
@@ -74,7 +76,7 @@ class Campaign:
                 del self.running[name]
                 self._ended(name, process.returncode, time.monotonic() - began)
         for name in list(self.waiting):
-            missing = [need for need in self.jobs[name].needs if not self.jobs[need].is_done()]
+            missing = [need for need in self.jobs[name].needs if not self._has(need)]
             lost = [need for need in missing if need in self.failed]
             if lost:
                 self.waiting.remove(name)
@@ -83,6 +85,11 @@ class Campaign:
                 self.waiting.remove(name)
                 self._begin(name, gpu)
         return bool(self.running or self.waiting)
+
+    def say(self) -> None:
+        """The last line that every running job has printed, which tells how far it is and what time is left."""
+        for name in self.running:
+            print(f"  {name}: {last_line(LOGS / f'{name}.log')}", flush=True)
 
     def stop(self) -> None:
         """SIGTERM to all jobs, and the time they need to save, which a second signal does not cut short."""
@@ -95,10 +102,16 @@ class Campaign:
         for process, _, _ in self.running.values():
             process.wait()
 
+    def _has(self, need: str) -> bool:
+        """Whether a job is done; while it runs its record may be half written, and is not looked at."""
+        return need not in self.running and self.jobs[need].is_done()
+
     def _free(self, job: Job) -> int | None:
-        """The least loaded place with room for a job of this kind."""
+        """The least loaded GPU with room for a job of this kind; a CPU takes one job at a time."""
+        if not self.gpus:
+            return None if self.running else 0
         room = TRAININGS_PER_GPU if job.training else OTHERS_PER_GPU
-        loads: list[list[Job]] = [[] for _ in range(max(self.gpus, 1))]
+        loads: list[list[Job]] = [[] for _ in range(self.gpus)]
         for name, (_, place, _) in self.running.items():
             loads[place].append(self.jobs[name])
         places = [at for at, load in enumerate(loads) if sum(other.training == job.training for other in load) < room]
@@ -122,12 +135,22 @@ class Campaign:
         print(f"{name}: FAILED, {why}", flush=True)
 
 
+def last_line(log: Path) -> str:
+    """Of a log whose progress bar may rewrite its line, at most 120 characters."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 1000))
+        lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
+    return next((line.strip()[:120] for line in reversed(lines) if line.strip()), "")
+
+
 def start(command: Sequence[str], gpu: int | None, log: Path) -> subprocess.Popen:
-    """Beside others: one GPU, and of the CPU's threads a share."""
-    threads = str(max(1, (os.cpu_count() or 1) // (2 * OTHERS_PER_GPU)))
-    own = {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
+    """On one of the GPUs that this process may use, with a share of the CPU's threads; else with all of them."""
+    own = {}
     if gpu is not None:
-        own["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        threads = str(max(1, (os.cpu_count() or 1) // (2 * OTHERS_PER_GPU)))
+        own = {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
+        own["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
     with log.open("w") as out:
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **own})
 
@@ -154,8 +177,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     campaign = Campaign(chosen, args.gpus, start)
     try:
+        said = time.monotonic()
         while campaign.step():
             time.sleep(0.5)
+            if time.monotonic() - said > SAY_EVERY:
+                said = time.monotonic()
+                campaign.say()
     finally:
         campaign.stop()
     if campaign.failed:

@@ -132,6 +132,7 @@ def run(found: list[Script], gpus: int, monkeypatch: pytest.MonkeyPatch, folder:
 
 
 def test_jobs_wait_for_what_they_need_and_share_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     first, second, third = (script(tmp_path, f"fit-{n}", "wait", training=True) for n in "abc")
     after = script(tmp_path, "sweep", needs=("fit-a", "fit-b"))
     state = run([first, second, third, after], 2, monkeypatch, tmp_path)
@@ -144,7 +145,7 @@ def test_jobs_wait_for_what_they_need_and_share_the_gpus(tmp_path: Path, monkeyp
         job.done.with_suffix(".go").touch()
     until(lambda: not state.step(), lambda: None)
     assert not state.failed
-    assert [json.loads(job.done.read_text())["gpu"] for job in (first, second, third)] == ["0", "1", "0"]
+    assert [json.loads(job.done.read_text())["gpu"] for job in (first, second, third)] == ["4", "6", "4"]
     again = run([first, second, third, after], 2, monkeypatch, tmp_path)
     assert again.waiting == [] and not again.step()
 
@@ -164,6 +165,28 @@ def test_a_failure_costs_only_what_needs_it(
     assert json.loads(found[1].done.read_text())["gpu"] == os.environ.get("CUDA_VISIBLE_DEVICES")
     printed = capsys.readouterr().out
     assert "fit-a: FAILED, exit code 3" in printed and "of-of-a: FAILED, needs of-a, which failed" in printed
+
+
+SAID = [("", ""), ("one\n", "one"), ("one\rtwo  9:06 left\r\n\n", "two  9:06 left"), ("a" * 5000, "a" * 120)]
+
+
+@pytest.mark.parametrize(("text", "last"), SAID)
+def test_what_a_log_said_last(text: str, last: str, tmp_path: Path) -> None:
+    (tmp_path / "x.log").write_text(text)
+    assert campaign.last_line(tmp_path / "x.log") == last
+
+
+def test_what_runs_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = script(tmp_path, "one", "wait")
+    state = run([job], 1, monkeypatch, tmp_path)
+    state.step()
+    (tmp_path / "logs/one.log").write_text("step 3 of 9, 0:12 left\n")
+    state.say()
+    assert "  one: step 3 of 9, 0:12 left" in capsys.readouterr().out
+    job.done.with_suffix(".go").touch()
+    until(lambda: not state.step(), lambda: None)
 
 
 STOPPED = """
