@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from simba_lab.bench import decode, kernels, models, ops, prefill_cuda, table, training
+from simba_lab.bench import decode, kernels, models, ops, prefill_cuda, table, training, training_profile
 from simba_lab.bench.checks import RedCheck, poisoned_memory, relative_norm, require
 from simba_lab.bench.floors import Ceilings, Work, floor, floor_of_sequence
 from simba_lab.bench.lines import Line, Target, attempt, beside, throughput
@@ -20,6 +21,7 @@ from simba_lab.bench.ops import Size
 from simba_lab.bench.session import Session
 from simba_lab.bench.subject import Peer, Subject, check, measure
 from simba_lab.bench.timing import Timing, inputs_needed, time_calls
+from simba_lab.cli.bench_views import profile_tables
 from simba_lab.cli.main import main
 from simba_lab.errors import InputError
 from simba_lab.model import LanguageModel, ModelConfig
@@ -293,6 +295,40 @@ def test_training_times_whole_steps_and_pruned_ones(monkeypatch: pytest.MonkeyPa
     assert same_bits["what"].endswith("dense, deterministic") and same_bits["theirs"] == pytest.approx(dense["ours"])
     assert same_bits["figure"] == pytest.approx(same_bits["ours"] / dense["ours"])
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_profile_says_where_a_pruned_step_spends_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the kernels are operators: a pruned step scores in its scans, and has as many matrix products."""
+    monkeypatch.setattr(training, "WARMUP", 1), monkeypatch.setattr(training, "STRETCH", 2)
+    monkeypatch.setattr(training, "STEPS", 7)
+    case = training.TrainingCase(TINY, 2, 16)
+    result = training_profile.profile_training([case], session("auto"))
+    first, seldom = result["profiles"]
+    assert seldom["what"].endswith("every 4 layers") and 1 < first["promise"] < 2 and first["dense_step"] > 0
+    rows = {row["name"]: row for row in first["kernels"]}
+    for row in first["kernels"]:
+        assert row["over"] == pytest.approx(row["pruned"] - row["dense"] / first["promise"])
+    sizes = [abs(row["over"]) for row in first["kernels"]]
+    assert sizes == sorted(sizes, reverse=True)
+    products, scored = rows["simba_lab::linear"], rows["simba_lab::scored_scan"]
+    assert products["dense_calls"] == products["pruned_calls"] == 4 * TINY.n_layer + 1
+    assert (scored["dense_calls"], scored["pruned_calls"]) == (0, TINY.n_layer - 1)  # the last layer prunes nothing
+    assert {row["name"]: row for row in seldom["kernels"]}["simba_lab::scored_scan"]["pruned_calls"] == 1
+    shown = Console(width=120, record=True)
+    shown.print(profile_tables(result))
+    text = shown.export_text()
+    assert "simba_lab::linear" in text and "all others" in text and f"of {first['promise']:.2f}x" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::Foo>(int)", "vectorized_elementwise_kernel"),
+        ("scan_backward", "scan_backward"), ("(anonymous namespace)::elementwise<int>", "elementwise"),
+    ],
+)  # fmt: skip
+def test_kernels_are_called_by_short_names(name: str, short: str) -> None:
+    assert training_profile.short_name(name) == short
 
 
 def test_decoding_goes_on_from_the_pruned_state(monkeypatch: pytest.MonkeyPatch) -> None:

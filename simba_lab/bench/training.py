@@ -70,6 +70,8 @@ CASES = {
 class StretchClock(Callback):
     """Seconds of every stretch of steps after the warm-up; works as a callback of Lightning and called by hand."""
 
+    more = 0
+
     def __init__(self, device: torch.device) -> None:
         self.device, self.steps, self.readings, self.loss = device, 0, [], float("nan")
 
@@ -96,20 +98,20 @@ def measure_training(case: TrainingCase, session: Session) -> Iterator[Line]:
 
     A loss on the suffix alone spares most of the head, whatever is pruned: that is not what pruning gains.
     """
-    tokens, batches = case.batch * case.length, _batches(case, session.seed)
-    dense, loss = _ours(case, batches, session, None)
+    tokens, batches = case.batch * case.length, batches_of(case, session.seed)
+    dense, loss = train_ours(case, batches, session, None)
     reason = missing("mamba_ssm.models.mixer_seq_simple", "mamba-ssm")
     theirs = reason or or_reason("mamba-ssm", lambda: _peer(case, batches, session.device))
     least = floor_of_sequence(training_work(case.config, case.batch, case.length), session.ceilings)
     line = throughput(f"training, {case.what}, dense", tokens, dense, peer_name("mamba-ssm"), theirs, case.dense, least)
     yield replace(line, note=line.note or f"loss {loss:.2f} after {STEPS} steps on random tokens")
-    alike, _ = _ours(case, batches, session, PrunedTraining(case.context, "recency", "uniform", mean_keep=1.0))
+    alike, _ = train_ours(case, batches, session, dense_alike(case))
     what = f"training, {case.what}, dense, loss on the last {case.length - case.context} tokens"
     yield throughput(what, tokens, alike, "the loss on all", dense)
     for every, convolution in _PRUNED:
         yield _pruned_line(case, batches, session, alike, every, convolution)
     if case.deterministic:
-        same_bits, _ = _ours(case, batches, session, None, deterministic=True)
+        same_bits, _ = train_ours(case, batches, session, None, deterministic=True)
         yield throughput(f"training, {case.what}, dense, deterministic", tokens, same_bits, "as it is", dense)
 
 
@@ -117,14 +119,9 @@ def _pruned_line(
     case: TrainingCase, batches: list[dict[str, Tensor]], session: Session, dense: Timing, every: int, convolution: str
 ) -> Line:
     """Pruned to 10 % at the top, every so many layers; ``dense`` has the same loss."""
-    schedule = PartSpec({"class_path": "linear", "init_args": {"final_keep": 0.1, "every": every}})
-    pruning = PrunedTraining(case.context, "global_impact", schedule, convolution=convolution)
-    pruned, _ = _ours(case, batches, session, pruning)
-    with torch.device("meta"):
-        module = LanguageModeling(case.config, pruning)
-        sizes = case.context, case.length - case.context
-        promised = module.lm.with_pruning(None).flops(*sizes).total / module.lm.flops(*sizes).total
-    speedup = dense.median / pruned.median
+    pruning = pruned_linearly(case, every, convolution)
+    pruned, _ = train_ours(case, batches, session, pruning)
+    promised, speedup = promised_speedup(case, pruning), dense.median / pruned.median
     tokens = case.batch * case.length
     what = f"training, {case.what}, pruned linearly to 10% by global impact"
     what += "" if every == 1 else f", every {every} layers"
@@ -137,13 +134,36 @@ def _pruned_line(
     )  # fmt: skip
 
 
-def _ours(
+def dense_alike(case: TrainingCase) -> PrunedTraining:
+    """Nothing pruned, and the loss of pruned training."""
+    return PrunedTraining(case.context, "recency", "uniform", mean_keep=1.0)
+
+
+def pruned_linearly(case: TrainingCase, every: int, convolution: str) -> PrunedTraining:
+    """To 10 % at the top by global impact, cut every so many layers."""
+    schedule = PartSpec({"class_path": "linear", "init_args": {"final_keep": 0.1, "every": every}})
+    return PrunedTraining(case.context, "global_impact", schedule, convolution=convolution)
+
+
+def promised_speedup(case: TrainingCase, pruning: PrunedTraining) -> float:
+    """FLOPs of the dense model with the same loss over those of the pruned one."""
+    with torch.device("meta"):
+        module = LanguageModeling(case.config, pruning)
+        sizes = case.context, case.length - case.context
+        return module.lm.with_pruning(None).flops(*sizes).total / module.lm.flops(*sizes).total
+
+
+def train_ours(
     case: TrainingCase, batches: list[dict[str, Tensor]], session: Session, pruning: PrunedTraining | None,
-    deterministic: bool = False,
+    deterministic: bool = False, clock: StretchClock | None = None,
 ) -> tuple[Timing, float]:  # fmt: skip
-    """Time of a step under Lightning's Trainer, as ``simba-lab fit`` runs it but for loggers and checkpoints."""
+    """Time of a step under Lightning's Trainer, as ``simba-lab fit`` runs it but for loggers and checkpoints.
+
+    A ``clock`` may want ``more`` steps than those it times.
+    """
     free_memory()
-    clock = StretchClock(session.device)
+    clock = StretchClock(session.device) if clock is None else clock
+    steps = STEPS + clock.more
     options = {"backend": session.backend, "seed": session.seed, "learning_rate": _LEARNING_RATE}
     module = LanguageModeling(case.config, pruning, **options)
     accelerator = "gpu" if session.device.type == "cuda" else "cpu"
@@ -151,11 +171,11 @@ def _ours(
         warnings.simplefilter("ignore")  # advice about loader workers, loggers and batch sizes
         logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
         trainer = Trainer(
-            accelerator=accelerator, devices=1, precision="bf16-mixed", max_steps=STEPS,
+            accelerator=accelerator, devices=1, precision="bf16-mixed", max_steps=steps,
             callbacks=[clock], logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, deterministic=deterministic,
         )  # fmt: skip
-        trainer.fit(module, DataLoader(_endless(batches), batch_size=None))
+        trainer.fit(module, DataLoader(_endless(batches, steps), batch_size=None))
     return clock.timing(), clock.loss
 
 
@@ -175,7 +195,7 @@ def _peer(case: TrainingCase, batches: list[dict[str, Tensor]], device: torch.de
     model = models.mamba_ssm(case.config, device, torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, fused=device.type == "cuda")
     clock = StretchClock(device)
-    for batch in _endless(batches)[:STEPS]:
+    for batch in _endless(batches, STEPS):
         tokens, labels = (batch[name].to(device, non_blocking=True) for name in ("tokens", "labels"))
         with torch.autocast(device.type, torch.bfloat16):
             logits = model(tokens).logits
@@ -187,11 +207,11 @@ def _peer(case: TrainingCase, batches: list[dict[str, Tensor]], device: torch.de
     return clock.timing()
 
 
-def _endless(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    return [batches[step % len(batches)] for step in range(STEPS)]
+def _endless(batches: list[dict[str, Tensor]], steps: int) -> list[dict[str, Tensor]]:
+    return [batches[step % len(batches)] for step in range(steps)]
 
 
-def _batches(case: TrainingCase, seed: int) -> list[dict[str, Tensor]]:
+def batches_of(case: TrainingCase, seed: int) -> list[dict[str, Tensor]]:
     """Random windows in host memory, pinned where there is a GPU, each token labelled with the next."""
     windows = []
     for number in range(_BATCHES):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from simba_lab.bench.cpu import BASELINE, Plan, compare
 from simba_lab.bench.peers import Shape, option
-from simba_lab.cli.bench_views import console, cpu_table, gpu_table, prefill_line, with_progress
+from simba_lab.cli.bench_views import console, cpu_table, gpu_table, prefill_line, profile_tables, with_progress
 from simba_lab.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   simba-lab bench prefill --length 2048                (without a GPU: dense against pruned linearly to 10 %)
   simba-lab bench kernels --json kernels.json          (with a GPU, as are the following)
   simba-lab bench prefill --case 130m:1x2048 --json prefill.json
+  simba-lab bench train --case 256 --profile           (where the time of a pruned step goes)
   simba-lab bench table kernels.json prefill.json      (Markdown)
 """
 TARGETS = {
@@ -94,6 +95,9 @@ def _add_gpu(parser: argparse.ArgumentParser, what: str) -> None:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_gpu(parser, "a width: 256, 384, 512 or 768 (repeatable; all)")
     parser.add_argument("--deterministic", action="store_true", help="also dense with trainer.deterministic: its cost")
+    parser.add_argument(
+        "--profile", action="store_true", help="instead: the kernels of a pruned step beside those of a dense one"
+    )
 
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
@@ -170,6 +174,10 @@ def _run_train(args: argparse.Namespace) -> dict[str, Any]:
     from simba_lab.bench.training import CASES, measure_training
 
     chosen = [dataclasses.replace(case, deterministic=args.deterministic) for case in _chosen(args, CASES).values()]
+    if args.profile:
+        from simba_lab.bench.training_profile import profile_training
+
+        return _gpu(args, lambda session: profile_training(chosen, session), profile_tables)
     return _gpu(args, lambda session: session.bench("train", chosen, measure_training))
 
 
@@ -188,8 +196,15 @@ def _chosen(args: argparse.Namespace, cases: Mapping[str, Any]) -> dict[str, Any
     return {name: case for name, case in cases.items() if not args.case or name in args.case}
 
 
-def _gpu(args: argparse.Namespace, measure: Callable[[Session], dict[str, Any]]) -> dict[str, Any]:
-    """A bench on the CUDA device, its table printed. Raises InputError without one or for a backend that cannot run."""
+def _gpu(
+    args: argparse.Namespace,
+    measure: Callable[[Session], dict[str, Any]],
+    view: Callable[[dict[str, Any]], Any] = gpu_table,
+) -> dict[str, Any]:
+    """A bench on the CUDA device, ``view`` of it printed.
+
+    Raises InputError without such a device or for a backend that cannot run there.
+    """
     device = _cuda_device(args.target)
     from simba_lab.bench.session import Session
     from simba_lab.files import finite, write_json
@@ -203,7 +218,7 @@ def _gpu(args: argparse.Namespace, measure: Callable[[Session], dict[str, Any]])
             write_json(args.json, finite(so_far))
 
     result = with_progress(lambda show: measure(Session(device, seed, args.backend, show, keep)))
-    console().print(gpu_table(result))
+    console().print(view(result))
     return result
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.table import Table
 
 
@@ -47,6 +47,42 @@ def gpu_table(result: dict[str, Any]) -> Table:
     for line in result["lines"]:
         table.add_row(*cells(line), style="red" if line["failed"] else None)
     return table
+
+
+def profile_tables(result: dict[str, Any]) -> Group:
+    """A table for each profiled step: what costs most above or below what FLOPs promise, all others in one row."""
+    from rich.console import Group
+    from rich.table import Table
+
+    shown = []
+    for profile in result["profiles"]:
+        dense, pruned, promise = profile["dense_step"], profile["pruned_step"], profile["promise"]
+        reached = dense / pruned / promise
+        title = f"{profile['what']}\ndense {dense:.3f} ms, pruned {pruned:.3f} ms: {reached:.2f} of {promise:.2f}x"
+        table = Table(title=title, caption="ms of a step (calls); over: above dense / what FLOPs promise")
+        table.add_column("kernel")
+        for heading in ("dense", "pruned", "over"):
+            table.add_column(heading, justify="right")
+        for name, *cells in _profile_rows(profile["kernels"]):
+            table.add_row(name, *cells)
+        shown.append(table)
+    return Group(*shown)
+
+
+def _profile_rows(kernels: list[dict[str, Any]], most: int = 24) -> list[tuple[str, ...]]:
+    rows = [*kernels[:most]]
+    for name, of in (("all others", kernels[most:]), ("all", kernels)):
+        sums = {key: sum(kernel[key] for kernel in of) for key in kernels[0] if key != "name"}
+        rows.append({"name": name, **sums})
+    return [
+        (
+            row["name"],
+            f"{row['dense']:.3f} ({row['dense_calls']:.0f})",
+            f"{row['pruned']:.3f} ({row['pruned_calls']:.0f})",
+            f"{row['over']:+.3f}",
+        )
+        for row in rows
+    ]
 
 
 def prefill_line(result: dict[str, Any]) -> str:
