@@ -4,10 +4,10 @@
     .venv/bin/python experiments/campaign.py 'lookahead-63m-*'          # these and the trainings they need
     .venv/bin/python experiments/campaign.py --gpus 2 '*'               # everything that is missing
 
-What is done is not run again, so that the same command goes on where it was stopped. Every configuration is read before
-anything is trained: a misspelt key or a missing package is found in seconds, not behind hours of training. Ctrl-C and
-SIGTERM reach all jobs, which save what they have. Logs lie in runs/campaign. Exit code 1: a job failed; those that do
-not need it have run.
+What is done is not run again, so that the same command goes on where it was stopped. Before anything
+is trained every sweep is read, every training that goes on from no other, and what commands import late: a misspelt
+key, a missing file or package is found in seconds, not behind hours of training. Ctrl-C and SIGTERM reach all jobs,
+which save what they have. Logs lie in runs/campaign. Exit code 1: a job failed; those that do not need it have run.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import importlib
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jobs import RUNS, Job, all_jobs
+from jobs import LADDER, RUNS, Job, all_jobs
+
+from simba_lab.sweep.children import shares, start
 
 LOGS = RUNS / "campaign"
 # On one H200 a 63m beside a Mamba-2 12m trains at 1.2e14 FLOP/s in all, alone at 1.6e14.
@@ -46,25 +47,29 @@ def selected(jobs: Mapping[str, Job], patterns: Sequence[str]) -> dict[str, Job]
 
 
 def check(jobs: Mapping[str, Job]) -> None:
-    """Reads every sweep's configuration and imports what the other commands import late."""
+    """Reads configurations and imports what commands import late; raises SystemExit for the first that is wrong."""
     from simba_lab.errors import InputError
     from simba_lab.sweep.config import read_sweep
+    from simba_lab.training import read_experiment
 
-    for module in ("simba_lab.evaluate.benchmarks", "simba_lab.inspection", "simba_lab.training.lightning_cli"):
+    for module in ("simba_lab.cli.eval_tasks", "simba_lab.inspection", "lm_eval"):
         importlib.import_module(module)
     for job in jobs.values():
-        if job.arguments[0] == "sweep":
-            try:
-                read_sweep(Path(job.arguments[2]), job.arguments[4::2])
-            except InputError as error:
-                raise SystemExit(f"campaign: {job.name}: {error}") from None
+        path = Path(job.arguments[2])
+        try:
+            if job.arguments[0] == "sweep":
+                read_sweep(path, job.arguments[4::2])
+            elif job.training and not job.needs and not job.is_done():
+                read_experiment(path)
+        except InputError as error:
+            raise SystemExit(f"campaign: {job.name}: {error}") from None
 
 
 class Campaign:
-    """The state of all jobs. ``start`` runs a command on a GPU (None: none) with its output in a file."""
+    """The state of all jobs. ``gpus`` has the settings of the environment that put a job on each; none: the CPU."""
 
-    def __init__(self, jobs: Mapping[str, Job], gpus: int, start: Callable[..., subprocess.Popen]) -> None:
-        self.jobs, self.gpus, self.start = jobs, gpus, start
+    def __init__(self, jobs: Mapping[str, Job], gpus: Sequence[Sequence[str]]) -> None:
+        self.jobs, self.gpus = jobs, gpus
         self.waiting = [name for name, job in jobs.items() if not job.is_done()]
         self.running: dict[str, tuple[subprocess.Popen, int, float]] = {}
         self.failed: list[str] = []
@@ -111,7 +116,7 @@ class Campaign:
         if not self.gpus:
             return None if self.running else 0
         room = TRAININGS_PER_GPU if job.training else OTHERS_PER_GPU
-        loads: list[list[Job]] = [[] for _ in range(self.gpus)]
+        loads: list[list[Job]] = [[] for _ in self.gpus]
         for name, (_, place, _) in self.running.items():
             loads[place].append(self.jobs[name])
         places = [at for at, load in enumerate(loads) if sum(other.training == job.training for other in load) < room]
@@ -119,9 +124,11 @@ class Campaign:
 
     def _begin(self, name: str, place: int) -> None:
         LOGS.mkdir(parents=True, exist_ok=True)
-        gpu = place if self.gpus else None
-        self.running[name] = self.start(self.jobs[name].command(), gpu, LOGS / f"{name}.log"), place, time.monotonic()
-        print(f"{name}: begun" + ("" if gpu is None else f" on GPU {gpu}"), flush=True)
+        with (LOGS / f"{name}.log").open("w") as log:
+            settings = self.gpus[place] if self.gpus else ()
+            process = start(self.jobs[name].command(), settings, stdout=log, stderr=subprocess.STDOUT)
+        self.running[name] = process, place, time.monotonic()
+        print(f"{name}: begun" + (f" on GPU {place}" if self.gpus else ""), flush=True)
 
     def _ended(self, name: str, code: int, seconds: float) -> None:
         if code == 0 and self.jobs[name].is_done():
@@ -143,16 +150,15 @@ def last_line(log: Path) -> str:
     return next((line.strip()[:120] for line in reversed(lines) if line.strip()), "")
 
 
-def start(command: Sequence[str], gpu: int | None, log: Path) -> subprocess.Popen:
-    """On one of the GPUs that this process may use, with a share of the CPU's threads; else with all of them."""
-    own = {}
-    if gpu is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        threads = str(max(1, (os.cpu_count() or 1) // (2 * OTHERS_PER_GPU)))
-        own = {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
-        own["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
-    with log.open("w") as out:
-        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **own})
+def places(gpus: int | None) -> list[list[str]]:
+    """Settings that put a job on each of so many GPUs (None: all), with its share of the CPU's threads."""
+    import torch
+
+    found = torch.cuda.device_count()
+    if gpus is not None and not 0 <= gpus <= found:
+        raise SystemExit(f"campaign: --gpus {gpus}: this machine has {found}")
+    gpus = found if gpus is None else gpus
+    return shares(found * (TRAININGS_PER_GPU + OTHERS_PER_GPU))[:gpus] if gpus else []
 
 
 def main() -> None:
@@ -161,6 +167,8 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=None, help="GPUs to use (default: all; 0: the CPU)")
     parser.add_argument("--list", action="store_true", help="print the jobs, and run none")
     args = parser.parse_args()
+    if not LADDER.is_dir():
+        raise SystemExit(f"campaign: no folder {LADDER} here; run it in the root of the repository")
     jobs = all_jobs()
     chosen = selected(jobs, args.names) if args.names else jobs
     if args.list:
@@ -170,12 +178,9 @@ def main() -> None:
     if not args.names:
         parser.error("name at least one job, or '*' for all; --list shows them")
     check(chosen)
-    if args.gpus is None:
-        import torch
-
-        args.gpus = torch.cuda.device_count()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    campaign = Campaign(chosen, args.gpus, start)
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    campaign = Campaign(chosen, places(args.gpus))
     try:
         said = time.monotonic()
         while campaign.step():

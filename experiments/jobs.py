@@ -6,7 +6,6 @@ What a job needs is read from its configuration, so that this list and the YAML 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,9 @@ PAIRS = (
 WINDOWS = {512: 2000, 1024: 2000, 2048: 2000, 4096: 1000, 8192: 500}
 SUFFIX = 64
 TOKENS_AT_ONCE = 65_536
-# In the order of lookahead_layer.yaml's first arms. A layer's price on plain text counts ten times what it gains on far
-# tokens, summed over both T: this rule gives the layers that the README's table was made with.
-LAYERS, CHOSEN_AT, WORTH_OF_FAR = (0.55, 0.6, 0.65, 0.7, 0.75), (512, 1024), 0.1
+# A layer's price on plain text counts ten times what it gains on far tokens, summed over both T: this rule gives the
+# layers that the README's table was made with.
+CHOSEN_AT, WORTH_OF_FAR = (512, 1024), 0.1
 
 
 @dataclass
@@ -40,11 +39,11 @@ class Job:
     choose: str | None = None
 
     def command(self) -> list[str]:
-        """To be run when all it needs is done; a training goes on from its last checkpoint, if it has one."""
+        """Arguments of Python, once all it needs is done; a training goes on from its last checkpoint."""
         more = [] if self.choose is None else ["--set", f"arms.2.criterion.init_args.layer={layer_of(self.choose)}"]
         if self.training and (self.done.parent / "checkpoints" / "last.ckpt").is_file():
             more = ["--ckpt_path", "last"]
-        return [sys.executable, "-m", "simba_lab", *self.arguments, *more]
+        return ["-m", "simba_lab", *self.arguments, *more]
 
     def is_done(self) -> bool:
         """A training is done when its record says so; it may have been stopped."""
@@ -123,12 +122,21 @@ def looks(rung: str) -> Iterator[Job]:
 def layer_of(rung: str) -> float:
     """The layer that looks, from the results of both choices: least plain loss + far loss / 10."""
     found = [json.loads((RUNS / f"sweeps/lookahead-{rung}-choice-{t}/results.json").read_text()) for t in CHOSEN_AT]
-    arms = [[arm for arm in one["arms"] if arm.get("criterion") == "lookahead_impact"] for one in found]
-    prices = [
-        sum(each[place]["difference"] + WORTH_OF_FAR * each[place]["difference_far"] for each in arms)
-        for place in range(len(LAYERS))
-    ]
-    return LAYERS[prices.index(min(prices))]
+    ahead = [[arm for arm in one["arms"] if arm.get("criterion") == "lookahead_impact"] for one in found]
+
+    def price(place: int) -> float:
+        return sum(arms[place]["difference"] + WORTH_OF_FAR * arms[place]["difference_far"] for arms in ahead)
+
+    layers = _layers()
+    return layers[min(range(len(layers)), key=price)]
+
+
+def _layers() -> list[float]:
+    """The single layers of lookahead_layer.yaml's first arm with a schedule, which are the first that look ahead."""
+    config = yaml.safe_load((SWEEPS / "lookahead_layer.yaml").read_text())
+    first = next(arm["criterion"] for arm in config["arms"] if "schedule" in arm)
+    layers = [criterion["init_args"]["layer"] for criterion in first]
+    return [layer for layer in layers if not isinstance(layer, list)]
 
 
 def _rungs(big: str, arm: str, small: str) -> dict[str, object]:

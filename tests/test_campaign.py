@@ -45,13 +45,26 @@ def test_what_a_job_needs_is_what_its_files_name() -> None:
 
 
 def test_every_sweep_of_the_ladder_can_be_read() -> None:
-    campaign.check(jobs.all_jobs())
+    campaign.check({name: job for name, job in jobs.all_jobs().items() if job.arguments[0] == "sweep"})
 
 
 def test_a_wrong_configuration_stops_before_anything_runs() -> None:
     wrong = jobs.sweep("pair-7m-512", "pair_512", {"n_contxt": 448})
     with pytest.raises(SystemExit, match="pair-7m-512: .*n_contxt"):
         campaign.check({"pair-7m-512": wrong})
+
+
+def test_a_wrong_training_stops_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text((ROOT / "experiments/base.yaml").read_text() + "warmup: 3\n")
+    wrong = jobs.Job("fit-x", ["fit", "--config", str(tmp_path / "x.yaml")], tmp_path / "run.json", training=True)
+    with pytest.raises(SystemExit, match="fit-x: .*warmup"):
+        campaign.check({"fit-x": wrong})
+
+
+def test_more_gpus_than_there_are() -> None:
+    with pytest.raises(SystemExit, match="--gpus 99: this machine has"):
+        campaign.places(99)
+    assert campaign.places(0) == []
 
 
 def test_a_pattern_brings_what_its_jobs_need() -> None:
@@ -97,7 +110,7 @@ class Script(jobs.Job):
     """A job whose command notes its GPU, waits for a file if told to, and then is done or fails."""
 
     def command(self) -> list[str]:
-        return [sys.executable, "-c", PROGRAM, str(self.done), *self.arguments]
+        return ["-c", PROGRAM, str(self.done), *self.arguments]
 
 
 PROGRAM = """
@@ -126,13 +139,15 @@ def until(condition: Any, step: Any) -> None:
         time.sleep(0.01)
 
 
+GPUS = [["CUDA_VISIBLE_DEVICES=4", "OMP_NUM_THREADS=1"], ["CUDA_VISIBLE_DEVICES=6", "OMP_NUM_THREADS=1"]]
+
+
 def run(found: list[Script], gpus: int, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Any:
     monkeypatch.setattr(campaign, "LOGS", folder / "logs")
-    return campaign.Campaign({job.name: job for job in found}, gpus, campaign.start)
+    return campaign.Campaign({job.name: job for job in found}, GPUS[:gpus])
 
 
 def test_jobs_wait_for_what_they_need_and_share_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     first, second, third = (script(tmp_path, f"fit-{n}", "wait", training=True) for n in "abc")
     after = script(tmp_path, "sweep", needs=("fit-a", "fit-b"))
     state = run([first, second, third, after], 2, monkeypatch, tmp_path)
@@ -197,7 +212,7 @@ from test_campaign import campaign, script
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 campaign.LOGS = Path({folder!r}) / "logs"
 found = [script(Path({folder!r}), name, "wait") for name in ("one", "two")]
-state = campaign.Campaign({{job.name: job for job in found}}, 1, campaign.start)
+state = campaign.Campaign({{job.name: job for job in found}}, [[]])
 try:
     while state.step():
         time.sleep(0.05)

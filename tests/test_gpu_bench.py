@@ -320,6 +320,15 @@ def test_a_profile_says_where_a_pruned_step_spends_its_time(monkeypatch: pytest.
     assert "simba_lab::linear" in text and "all others" in text and f"of {first['promise']:.2f}x" in text
 
 
+def test_nothing_is_profiled_after_a_red_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def red(*_: Any) -> None:
+        raise RedCheck("the logits are wrong")
+
+    monkeypatch.setattr(training_profile, "check_models", red)
+    with pytest.raises(InputError, match="bench train: the logits are wrong"):
+        training_profile.profile_training([training.CASES["256"]], session("auto"))
+
+
 @pytest.mark.parametrize(
     ("name", "short"),
     [

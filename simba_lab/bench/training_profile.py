@@ -14,9 +14,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from simba_lab.bench import training
+from simba_lab.bench.checks import RedCheck
 from simba_lab.bench.machine import describe
+from simba_lab.bench.models import check_models
 from simba_lab.bench.session import Session
 from simba_lab.bench.training import StretchClock, TrainingCase, batches_of, dense_alike, promised_speedup, train_ours
+from simba_lab.errors import InputError
 
 EVERY = (1, 4)
 """Layers from one cut of the schedule to the next, of the pruned steps."""
@@ -71,12 +74,21 @@ class KernelClock(StretchClock):
 
 
 def profile_training(cases: Sequence[TrainingCase], session: Session) -> dict[str, Any]:
-    """The JSON of ``bench train --profile``: for each case and schedule the step times and a row for every kernel."""
+    """The JSON of ``bench train --profile``: for each case and schedule the step times and a row for every kernel.
+
+    Raises InputError if the small model of the check is wrong: nothing is profiled then.
+    """
+    session.progress("correctness check")
+    try:
+        checks = check_models(session.device, session.seed, session.backend)
+    except RedCheck as error:
+        raise InputError(f"bench train: {error}") from None
     found = []
     for case in cases:
         session.progress(case.what)
         found += _profiles(case, session)
-    return {"bench": "train profile", "machine": describe(), "seed": session.seed, "profiles": found, "exit_code": 0}
+    about = {"bench": "train profile", "machine": describe(), "seed": session.seed, "checks": checks}
+    return about | {"profiles": found, "exit_code": 0}
 
 
 def _profiles(case: TrainingCase, session: Session) -> Iterator[dict[str, Any]]:

@@ -94,8 +94,9 @@ def _add_gpu(parser: argparse.ArgumentParser, what: str) -> None:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_gpu(parser, "a width: 256, 384, 512 or 768 (repeatable; all)")
-    parser.add_argument("--deterministic", action="store_true", help="also dense with trainer.deterministic: its cost")
-    parser.add_argument(
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--deterministic", action="store_true", help="also dense with trainer.deterministic: its cost")
+    either.add_argument(
         "--profile", action="store_true", help="instead: the kernels of a pruned step beside those of a dense one"
     )
 
