@@ -126,7 +126,9 @@ class Campaign:
         LOGS.mkdir(parents=True, exist_ok=True)
         with (LOGS / f"{name}.log").open("w") as log:
             settings = self.gpus[place] if self.gpus else ()
-            process = start(self.jobs[name].command(), settings, stdout=log, stderr=subprocess.STDOUT)
+            # In a session of its own Ctrl-C does not reach it, but SIGTERM from here, upon which it saves.
+            output = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+            process = start(self.jobs[name].command(), settings, **output)
         self.running[name] = process, place, time.monotonic()
         print(f"{name}: begun" + (f" on GPU {place}" if self.gpus else ""), flush=True)
 

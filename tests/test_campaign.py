@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -117,6 +118,7 @@ PROGRAM = """
 import json, os, pathlib, signal, sys, time
 done, how = pathlib.Path(sys.argv[1]), sys.argv[2]
 signal.signal(signal.SIGTERM, lambda *_: (done.with_suffix(".saved").touch(), sys.exit(0)))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where this run's own parent ignores it
 done.with_suffix(".begun").touch()
 while how == "wait" and not done.with_suffix(".go").exists():
     time.sleep(0.01)
@@ -210,6 +212,7 @@ sys.path[:0] = [{experiments!r}, {tests!r}]
 from pathlib import Path
 from test_campaign import campaign, script
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 campaign.LOGS = Path({folder!r}) / "logs"
 found = [script(Path({folder!r}), name, "wait") for name in ("one", "two")]
 state = campaign.Campaign({{job.name: job for job in found}}, [[]])
@@ -221,14 +224,15 @@ finally:
 """
 
 
-def test_a_stop_reaches_every_job_and_waits_for_it(tmp_path: Path) -> None:
-    """Two signals, as `timeout` sends them: the second must not end the waiting."""
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_reaches_every_job_and_waits_for_it(tmp_path: Path, kind: signal.Signals, code: int) -> None:
+    """Two signals to all of the group, as `timeout` and a terminal send them; the second must not end the waiting."""
     places = {"experiments": str(ROOT / "experiments"), "tests": str(ROOT / "tests"), "folder": str(tmp_path)}
-    program = subprocess.Popen([sys.executable, "-c", STOPPED.format(**places)])
+    program = subprocess.Popen([sys.executable, "-c", STOPPED.format(**places)], start_new_session=True)
     until(lambda: all((tmp_path / f"{name}.begun").exists() for name in ("one", "two")), lambda: None)
-    program.terminate()
-    program.terminate()
-    assert program.wait(60) == 143
+    os.killpg(program.pid, kind)
+    os.killpg(program.pid, kind)
+    assert program.wait(60) == code
     assert all((tmp_path / f"{name}.saved").exists() for name in ("one", "two"))
 
 
