@@ -48,13 +48,14 @@ class KernelClock(StretchClock):
         self.milliseconds: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self.more = training.STRETCH
+        with self._recording():
+            pass  # CUPTI must be there when a CUDA graph is captured, or the graph's kernels are not seen
 
     def tick(self, loss: Tensor) -> None:
         if self.steps < training.STEPS:
             super().tick(loss)
             if self.steps == training.STEPS:
-                on_gpu = self.device.type == "cuda"
-                self._profiler = profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
+                self._profiler = self._recording()
                 self._profiler.start()
             return
         self.steps += 1
@@ -62,6 +63,10 @@ class KernelClock(StretchClock):
             loss.detach().cpu()  # waits for everything before it
             self._profiler.stop()
             self._read()
+
+    def _recording(self) -> profile:
+        on_gpu = self.device.type == "cuda"
+        return profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
 
     def _read(self) -> None:
         for event in self._profiler.key_averages():
