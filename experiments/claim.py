@@ -13,7 +13,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RUNGS = ("2m", "4m", "7m", "12m", "20m", "36m", "63m", "mamba2-6m", "mamba2-12m")
-PAIRS = (("7m", "4m"), ("12m", "7m"), ("20m", "12m"), ("36m", "20m"), ("63m", "36m"))
+PAIRS = (("7m", "4m"), ("12m", "7m"), ("20m", "12m"), ("36m", "20m"), ("63m", "36m"), ("mamba2-12m", "mamba2-6m"))
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 ARMS = {
     "linear:global_impact": ("the paper's setting", "C3", "o"),
@@ -80,7 +80,7 @@ def draw(path: Path) -> None:
     import matplotlib.pyplot as plt
 
     measured = pairs()
-    figure, panels = plt.subplots(1, len(PAIRS), figsize=(13, 3.6), sharex=True, sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, len(PAIRS), figsize=(16, 3.6), sharex=True, sharey=True, layout="constrained")
     for panel, (big, small) in zip(panels, PAIRS, strict=True):
         lengths = sorted(length for rung, length in measured if rung == big)
         for shift, (name, (title, colour, marker)) in enumerate(ARMS.items()):
@@ -92,7 +92,7 @@ def draw(path: Path) -> None:
                 places, middle, reach, label=title, color=colour, marker=marker, markersize=4, capsize=2, linewidth=1
             )
         panel.axhline(0, color="black", linewidth=0.8)
-        panel.set(xscale="log", title=f"{big} at the FLOPs of {small}", xlabel="context + suffix, tokens")
+        panel.set(xscale="log", title=f"{big}\nat the FLOPs of {small}", xlabel="context + suffix, tokens")
         panel.set_xticks(LENGTHS, [str(length) for length in LENGTHS], fontsize=8)
         panel.minorticks_off()
     panels[0].set_ylabel("NLL minus the smaller dense model's\n$10^{-3}$ nats per token, lower is better")

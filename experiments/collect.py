@@ -1,9 +1,10 @@
 """What is committed of finished sweeps and runs: experiments/results/*.json, one line for each, from runs/.
 
-    .venv/bin/python experiments/collect.py [FOLDER]      # FOLDER holds sweeps/, ladder/, flow-*.json; runs by default
+    .venv/bin/python experiments/collect.py [FOLDER]      # sweeps/, ladder/, flow- and tasks-*.json; of runs by default
 
 Sweeps are sorted into files by the first word of their folders' names (pair-12m-1024 into pairs.json); what
-`simba-lab inspect --flow --json FOLDER/flow-NAME.json` measured goes to highways.json.
+`simba-lab inspect --flow --json FOLDER/flow-NAME.json` measured goes to highways.json, and what `simba-lab eval --tasks
+--json FOLDER/tasks-NAME.json` did to tasks.json, without the scores of single documents.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ OF_CONFIG = ("experiment", "split", "windows", "n_context", "dtype", "device", "
 
 
 def rounded(value: Any, digits: int = 6) -> Any:
-    """Numbers to so many digits, in lists too."""
+    """Numbers to so many digits, in lists and dictionaries too."""
     if isinstance(value, list):
         return [rounded(item, digits) for item in value]
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
@@ -45,7 +48,7 @@ def sweep(path: Path) -> dict[str, Any]:
     config = results["config"]
     smaller = next((arm["experiment"] for arm in config["arms"] if arm["kind"] == "smaller_dense"), None)
     kept = chosen(results, OF_SWEEP) | {"config": chosen(config, OF_CONFIG) | {"smaller": smaller}}
-    kept["arms"] = [rounded_values(chosen(arm, OF_ARM)) for arm in results["arms"]]
+    kept["arms"] = rounded([chosen(arm, OF_ARM) for arm in results["arms"]])
     if "search" in results:
         search = results["search"]
         best = next(trial for trial in search["trials"] if trial["number"] == search["best"])
@@ -70,16 +73,19 @@ def highways(path: Path) -> dict[str, Any]:
     kept = chosen(seen, ("command", "checkpoint", "source", "n_layer", "layer", "environment"))
     measured = {**seen["highways"]}
     for name in ("arms", "loss_rise"):
-        measured[name] = [{key: rounded(value, 4) for key, value in item.items()} for item in measured[name]]
+        measured[name] = rounded(measured[name], 4)
     return kept | measured
+
+
+def tasks(path: Path) -> dict[str, Any]:
+    """Scores of the benchmarks and their paired differences, to four digits."""
+    seen = json.loads(path.read_text())
+    kept = chosen(seen, ("command", "checkpoint", "limit", "line_width", "environment"))
+    return kept | rounded(chosen(seen["comparison"], ("documents", "values", "other_metrics", "differences")), 4)
 
 
 def chosen(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return {key: values[key] for key in keys if values.get(key) is not None}
-
-
-def rounded_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: rounded(value) for key, value in values.items()}
 
 
 def write(name: str, items: Mapping[str, Any]) -> None:
@@ -100,9 +106,10 @@ def main() -> None:
         found = {path.parent.name: sweep(path) for path in sweeps if path.parent.name.startswith(f"{first}-")}
         if found:
             write(name, found)
-    flows = sorted(folder.glob("flow-*.json"))
-    if flows:
-        write("highways", {path.stem: highways(path) for path in flows})
+    for first, name, read in (("flow", "highways", highways), ("tasks", "tasks", tasks)):
+        paths = sorted(folder.glob(f"{first}-*.json"))
+        if paths:
+            write(name, {path.stem: read(path) for path in paths})
     records = sorted((folder / "ladder").glob("*/run.json"))
     if records:
         write("runs", {path.parent.name: run(path.parent) for path in records})

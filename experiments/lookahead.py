@@ -10,9 +10,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from claim import HERE, LENGTHS, into, read
+from claim import HERE, LENGTHS, PAIRS, into, read
 
-PAIRS = (("7m", "4m"), ("12m", "7m"), ("20m", "12m"), ("36m", "20m"))
 MARKERS = ("<!-- look-ahead table -->", "<!-- end of look-ahead table -->")
 AIM = 2  # 10^-3 nats: what plain text may cost
 SERIES = {
@@ -64,7 +63,7 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(2, len(PAIRS), figsize=(13, 5.6), sharex=True, sharey="row", layout="constrained")
+    figure, panels = plt.subplots(2, len(PAIRS), figsize=(17, 5.6), sharex=True, sharey="row", layout="constrained")
     for column, (rung, small) in enumerate(PAIRS):
         measured = [arms(rung, length) for length in LENGTHS]
         for row, which in enumerate(("", "_far")):
@@ -83,7 +82,7 @@ def draw(path: Path) -> None:
             panel.set_xticks(LENGTHS, [str(length) for length in LENGTHS], fontsize=8)
             panel.minorticks_off()
         panels[0][column].axhline(AIM, color="0.4", linewidth=0.8, linestyle="--")
-        panels[0][column].set_title(f"{rung} at the FLOPs of {small}")
+        panels[0][column].set_title(f"{rung}\nat the FLOPs of {small}")
         panels[1][column].set_xlabel("context + suffix, tokens")
     panels[0][0].set_ylabel("all tokens")
     panels[1][0].set_ylabel("far tokens")

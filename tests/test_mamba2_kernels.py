@@ -76,7 +76,7 @@ def norm_inputs(groups: int, channels: int, dtype: torch.dtype = torch.float64) 
 def norm_gradients(backend: ModuleType, arguments: dict[str, Tensor], groups: int) -> dict[str, Tensor]:
     leaves = {name: value.detach().requires_grad_() for name, value in arguments.items()}
     out = backend.gated_rms_norm(**leaves, eps=1e-3, groups=groups)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     gradients = torch.autograd.grad((out * cotangent).sum(), list(leaves.values()))
     return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
 
