@@ -4,10 +4,11 @@
     .venv/bin/python experiments/campaign.py 'lookahead-63m-*'          # these and the trainings they need
     .venv/bin/python experiments/campaign.py --gpus 2 '*'               # everything that is missing
 
-What is done is not run again, so that the same command goes on where it was stopped. Before anything
-is trained every sweep is read, every training that goes on from no other, and what commands import late: a misspelt
-key, a missing file or package is found in seconds, not behind hours of training. Ctrl-C and SIGTERM reach all jobs,
-which save what they have. Logs lie in runs/campaign. Exit code 1: a job failed; those that do not need it have run.
+Of the jobs that could begin, the one named first does. What is done is not run again, so that the same command goes
+on where it was stopped. Before anything is trained every sweep is read, every training that goes on from no other, and
+what commands import late: a misspelt key, a missing file or package is found in seconds, not behind hours of training.
+Ctrl-C and SIGTERM reach all jobs, which save what they have. Logs lie in runs/campaign. Exit code 1: a job failed;
+those that do not need it have run.
 """
 
 from __future__ import annotations
@@ -34,16 +35,24 @@ SAY_EVERY = 60
 
 
 def selected(jobs: Mapping[str, Job], patterns: Sequence[str]) -> dict[str, Job]:
-    """Jobs whose names match, and all that they need; raises SystemExit for a pattern that matches none."""
-    wanted = set()
+    """Jobs whose names match, in the order of the patterns, each behind what it needs.
+
+    Raises SystemExit for a pattern that matches none.
+    """
+    found: dict[str, Job] = {}
+
+    def add(name: str) -> None:
+        for need in jobs[name].needs:
+            add(need)
+        found.setdefault(name, jobs[name])
+
     for pattern in patterns:
-        found = fnmatch.filter(jobs, pattern)
-        if not found:
+        names = fnmatch.filter(jobs, pattern)
+        if not names:
             raise SystemExit(f"campaign: no job matches {pattern!r}; --list shows all")
-        wanted.update(found)
-    while more := {need for name in wanted for need in jobs[name].needs} - wanted:
-        wanted |= more
-    return {name: job for name, job in jobs.items() if name in wanted}
+        for name in names:
+            add(name)
+    return found
 
 
 def check(jobs: Mapping[str, Job]) -> None:

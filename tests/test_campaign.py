@@ -71,6 +71,8 @@ def test_more_gpus_than_there_are() -> None:
 def test_a_pattern_brings_what_its_jobs_need() -> None:
     found = campaign.selected(jobs.all_jobs(), ["search-36m"])
     assert list(found) == ["fit-20m", "fit-36m", "search-36m"]
+    found = campaign.selected(jobs.all_jobs(), ["fit-36m", "search-36m", "pair-20m-512", "fit-*"])
+    assert list(found)[:5] == ["fit-36m", "fit-20m", "search-36m", "fit-12m", "pair-20m-512"]
     with pytest.raises(SystemExit, match="no job matches 'serch"):
         campaign.selected(jobs.all_jobs(), ["serch-*"])
 
