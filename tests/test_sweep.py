@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> tiny.Lab:
     return tiny.lab(tmp_path_factory.getbasetemp())
 
 
-def run(config: SweepConfig) -> dict[str, Any]:
+def run(config: SweepConfig, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Results of a sweep that runs in this process, without its report."""
-    return json.loads(run_sweep("tiny", config, lambda line: None).read_text())
+    return json.loads(run_sweep("tiny", config, say).read_text())
 
 
 def comparable(results: dict[str, Any]) -> dict[str, Any]:
@@ -320,13 +321,17 @@ def test_a_changed_measurement_is_refused_by_name(
 def test_an_arm_whose_files_are_incomplete_is_measured_again(
     lab: tiny.Lab, finished: tuple[Path, Path], tmp_path: Path, file: str
 ) -> None:
+    """And the arms behind it do not count in the time that is said to be left."""
     shutil.copytree(finished[1], tmp_path / "tiny")
     (damaged,) = (tmp_path / "tiny").glob(f"arms/dense-*/{file}")
     damaged.write_bytes(damaged.read_bytes()[:40])
-    before = written_at(tmp_path / "tiny")
-    assert comparable(run(lab.sweep_config(tmp_path / "tiny.yaml"))) == comparable(results_in(finished[1]))
+    before, lines = written_at(tmp_path / "tiny"), []
+    results = run(lab.sweep_config(tmp_path / "tiny.yaml"), lines.append)
+    assert comparable(results) == comparable(results_in(finished[1]))
     changed = [name for name, time in written_at(tmp_path / "tiny").items() if time != before[name]]
     assert changed == [damaged.parent.name]
+    (line,) = (line for line in lines if line.startswith("dense: "))
+    assert "(100%, 0:00 left, " in line
 
 
 class Fickle(KeepSchedule):

@@ -83,7 +83,10 @@ class _Sweep:
         study = open_arms_study(self.folder, names)
         total, live = len(arms) * len(self.measurement.windows), [(arm.name, arm.arm.flops) for arm in arms]
         with SweepProgress(total, self.say, live, self.plan.budget, self.folder) as progress:
-            stored = [self._measure(arm, study, names, progress) for arm in arms]
+            before = [self._measured_before(arm, progress) for arm in arms]  # all at once: the time left is the rest's
+            stored = [
+                kept or self._measure(arm, study, names, progress) for arm, kept in zip(arms, before, strict=True)
+            ]
         return self._write(planned, stored, search)
 
     def together(self, workers: int, storage: SharedStorage | None, gpus_per_worker: int | None) -> Path:
@@ -108,17 +111,19 @@ class _Sweep:
         write_json(self.folder / RESULTS_FILE, results)
         return self.folder / RESULTS_FILE
 
-    def _measure(self, arm: PlannedArm, study: Any, names: list[str], progress: SweepProgress) -> StoredArm:
-        fingerprint = self.measurement.fingerprint(arm)
-        kept = self.measurement.store.load(arm.name, fingerprint)
+    def _measured_before(self, arm: PlannedArm, progress: SweepProgress) -> StoredArm | None:
+        kept = self.measurement.stored(arm)
         if kept is not None:
             progress.skip(arm.name, len(self.measurement.windows), *self.measurement.faces(kept))
-            return kept
+        return kept
+
+    def _measure(self, arm: PlannedArm, study: Any, names: list[str], progress: SweepProgress) -> StoredArm:
+        kept = None
 
         def measure() -> float:
             nonlocal kept
             progress.start(arm.name)
-            kept = self.measurement.measure(arm, fingerprint, progress)
+            kept = self.measurement.measure(arm, self.measurement.fingerprint(arm), progress)
             quality, far = self.measurement.faces(kept)
             progress.finish(arm.name, quality, far, kept.record["wall_seconds"])
             return quality
