@@ -110,7 +110,9 @@ def pruned_arms(draw: st.DrawFn) -> PrunedArm:
         rows = st.lists(st.floats(-1, 1), min_size=2, max_size=2)
         options |= {"rates": [0.5, 0.1], "rise": draw(st.lists(rows, min_size=1, max_size=6))}
     schedule = SCHEDULES.construct(SCHEDULES.resolve(name), options)
-    plan = PruningPlan(CRITERIA.build(draw(st.sampled_from(CRITERIA.names()))), schedule)
+    skipping = {"class_path": "lookahead_impact", "init_args": {"skip_protected": True}}
+    criterion = CRITERIA.build(draw(st.sampled_from([*CRITERIA.names(), skipping])))
+    plan = PruningPlan(criterion, schedule, draw(st.sampled_from([0.0, 0.5, 0.97])))
     return PrunedArm("arm", config, draw(st.integers(1, 70)), draw(st.integers(0, 9)), plan)
 
 

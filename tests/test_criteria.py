@@ -29,7 +29,13 @@ OPTIONS = {
     "output_impact": [{}, {"reduce": "max", "gated": True}],
     "banded_impact": [{}, {"first": 3, "falloff": 0}],
     "blocks": [{"size": 4}, {"criterion": "random", "size": 3, "pool": "max"}],
-    "lookahead_impact": [{}, {"layer": 4, "before": 2, "after": 1, "reduce": "max"}, {"layer": 1}],
+    "lookahead_impact": [
+        {},
+        {"layer": 4, "before": 2, "after": 1, "reduce": "max"},
+        {"layer": 1},
+        {"layer": 4, "skip_protected": True},
+        {"layer": 1, "after": 1, "skip_protected": True},
+    ],
 }
 BEYOND_TOKENS = ("query_impact", "output_impact", "banded_impact", "blocks", "lookahead_impact")
 """Criteria that cost more, or less, than so much per token; test_own_criteria.py and test_lookahead.py say what."""
@@ -58,11 +64,11 @@ def signals(
     )  # fmt: skip
     weights = {"x": draw(5, channels), "dt": draw(5, channels), "B": draw(5, states), "C": draw(5, states)}
 
-    def ahead(layer: int, stream: Tensor) -> Signals:
+    def ahead(layer: int, stream: Tensor, present: slice = slice(None)) -> Signals:
         later = {name: (stream[..., None] * weight).sum(-2) for name, weight in weights.items()}
-        return dataclasses.replace(given, layer=layer, hidden=stream, **later)
+        return dataclasses.replace(given, layer=layer, hidden=stream, positions=given.positions[:, present], **later)
 
-    return dataclasses.replace(given, ahead=LookAhead(ahead, 8, tokens))
+    return dataclasses.replace(given, ahead=LookAhead(ahead, 8, flops=1, reach=4), n_free=max(1, tokens - 3))
 
 
 def rows(given: Signals, order: list[int]) -> Signals:

@@ -13,7 +13,7 @@ from simba_lab.kernels.cost import Ledger, recording
 from simba_lab.model import LanguageModel, ModelConfig
 from simba_lab.model.cost import look_ahead_flops
 from simba_lab.pruning import CRITERIA, Criterion, LookaheadImpact, Signals
-from simba_lab.pruning.measure import check_measured
+from simba_lab.pruning.measure import OperationCounter, check_measured
 
 CONFIGS = {
     "mamba1": ModelConfig(16, 5, 40, d_state=4),
@@ -52,8 +52,8 @@ def tokens(batch: int = 3) -> torch.Tensor:
     return torch.randint(40, (batch, N_CONTEXT + N_SUFFIX), generator=torch.Generator().manual_seed(1))
 
 
-def pruned(lm: LanguageModel, criterion: Any, convolution: str = "adjacent") -> LanguageModel:
-    return lm.sparsified(criterion, "linear", final_keep=0.2, convolution=convolution)
+def pruned(lm: LanguageModel, criterion: Any, convolution: str = "adjacent", protect: float = 0.0) -> LanguageModel:
+    return lm.sparsified(criterion, "linear", final_keep=0.2, convolution=convolution, protect_recent=protect)
 
 
 @pytest.mark.parametrize("convolution", ["compacted", "adjacent"])
@@ -168,13 +168,14 @@ def test_what_it_executes_is_within_what_it_is_charged(lm: LanguageModel) -> Non
         for signals, _ in spy.seen:
             assert check_measured(criterion, signals).shape == signals.positions.shape
         free = LookaheadImpact(TARGET, 2, 1)
-        free.flops = lambda shape: shape.ahead // 2
+        free.flops = lambda shape: shape.n_tokens * shape.ahead // 2
         with pytest.raises(InputError, match="but is charged"):
             check_measured(free, spy.seen[0][0])
 
 
-def test_no_suffix_and_no_other_sequence_changes_what_is_kept(lm: LanguageModel) -> None:
-    sparse, whole = pruned(lm, LookaheadImpact(TARGET, 2, 1)), tokens()
+@pytest.mark.parametrize("skip", [False, True])
+def test_no_suffix_and_no_other_sequence_changes_what_is_kept(lm: LanguageModel, skip: bool) -> None:
+    sparse, whole = pruned(lm, LookaheadImpact(TARGET, 2, 1, skip_protected=skip), protect=0.5), tokens()
     with torch.no_grad():
         kept = sparse(whole, n_context=N_CONTEXT).kept
         other = whole.clone()
@@ -186,9 +187,67 @@ def test_no_suffix_and_no_other_sequence_changes_what_is_kept(lm: LanguageModel)
         assert torch.equal(positions[1:2], alone[layer])
 
 
+def mean_step_scores(read: dict[str, Any], n_free: int) -> torch.Tensor:
+    """fp64 impact (B, n_free) of the oldest of all tokens, the steps of the others taken to be the mean of theirs."""
+    delta, A, B, C = read["delta"], read["A"], read["B"], read["C"]
+    if A.dim() == 1:  # heads to channels
+        width = read["x"].shape[-1] // len(A)
+        delta, A = delta.repeat_interleave(width, -1), A.repeat_interleave(width)[:, None]
+        B, C = (value.repeat_interleave(read["x"].shape[-1] // value.shape[2], 2) for value in (B, C))
+    else:
+        B, C = B[:, :, None], C[:, :, None]
+    behind = (delta.shape[1] - n_free) * delta[:, :n_free].mean(1)
+    scores = []
+    for token in range(n_free):
+        decay = torch.exp(A * (delta[:, token + 1 : n_free].sum(1) + behind)[..., None])
+        written = (delta[:, token] * read["x"][:, token])[..., None] * B[:, token]
+        scores.append((C[:, -1] * decay * written).sum(-1).norm(dim=-1))
+    return torch.stack(scores, 1)
+
+
+@pytest.mark.parametrize("convolution", ["compacted", "adjacent"])
+def test_protected_tokens_are_not_read_but_for_their_number_and_the_query(lm: LanguageModel, convolution: str) -> None:
+    spy = Spy(LookaheadImpact(TARGET, skip_protected=True))
+    sparse = pruned(lm, spy, convolution, protect=0.5)
+    counts = sparse.keep_counts(N_CONTEXT)
+    with torch.no_grad():
+        sparse(tokens(), n_context=N_CONTEXT)
+        for signals, scores in spy.seen:
+            n_free = len(signals.positions[0]) - max(1, counts[signals.layer + 1] // 2)
+            assert signals.n_free == n_free and not scores[:, n_free:].any()
+            later = signals if signals.layer == TARGET else signals.ahead.signals(TARGET, signals.hidden)
+            read = {name: getattr(later, name) for name in ("x", "delta", "A", "B", "C")}
+            torch.testing.assert_close(scores[:, :n_free], mean_step_scores(read, n_free), rtol=1e-9, atol=1e-12)
+    assert len(spy.seen) == 4
+
+
+def test_what_is_not_read_is_not_charged(lm: LanguageModel) -> None:
+    options = {"layer": TARGET, "before": 2, "after": 1}
+    spy = Spy()
+    pruned(lm, spy, protect=0.5)(tokens(), n_context=N_CONTEXT)
+    for layers in (TARGET, [2, 3]):
+        skipping, whole = (
+            LookaheadImpact(**options | {"layer": layers}, skip_protected=skip) for skip in (True, False)
+        )
+        assert check_measured(skipping, spy.seen[0][0]).shape == (3, N_CONTEXT)
+        assert skipping.flops(spy.seen[0][0].shape) < 0.8 * whole.flops(spy.seen[0][0].shape)
+    sparse = pruned(lm, LookaheadImpact(**options, skip_protected=True), protect=0.5)
+    closed = verify(sparse, N_CONTEXT, N_SUFFIX)
+    with recording(Ledger()) as ledger, torch.no_grad():
+        sparse(tokens(1), n_context=N_CONTEXT)
+    assert {key[1:]: flops for key, flops in ledger.entries.items()} == {
+        key: flops for key, flops in closed.entries.items() if flops
+    }
+    signals = spy.seen[0][0]
+    with OperationCounter() as counter, torch.no_grad():
+        LookaheadImpact(**options, skip_protected=True).score(signals)
+    assert 0.99 < counter.flops / (3 * closed.entries[0, "score"]) <= 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"skip_protected": "yes"}, "skip_protected must be true or false"),
         ({"layer": 0}, "layer must be a share in"), ({"layer": []}, "layer must name at least one layer"),
         ({"layer": [0.6, "top"]}, "got 'top'"), ({"layer": 2.5}, "layer must be a share in"),
         ({"before": -1}, "before must be"), ({"after": True}, "after must be"), ({"reduce": "mean"}, "reduce"),

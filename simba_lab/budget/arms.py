@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from simba_lab.errors import InputError
 from simba_lab.kernels import cost
 from simba_lab.model import Breakdown, ModelConfig, forward_flops
-from simba_lab.model.cost import scored_shape
+from simba_lab.model.cost import scoring_flops
 from simba_lab.pruning import PruningPlan
 
 MOST_STEPS = 10**9
@@ -115,22 +115,22 @@ class PrunedArm(Arm):
         """Least and most FLOPs that any setting of the knob between this one and ``upper`` can have.
 
         A layer is scored for certain if even its lower count exceeds the higher count of the next, and possibly if its
-        higher count exceeds the lower count of the next.
+        higher count exceeds the lower count of the next. Where more is kept more is protected, and less left to score.
         """
         fewest, most = self.keep_counts, upper.keep_counts
         least, largest = self._unscored(), upper._unscored()
         for layer in range(len(fewest) - 1):
             if fewest[layer] > most[layer + 1]:
-                least += self._scoring(fewest[layer])
+                least += self._scoring(fewest[layer], most[layer + 1])
             if most[layer] > fewest[layer + 1]:
-                largest += self._scoring(most[layer])
+                largest += self._scoring(most[layer], fewest[layer + 1])
         return least, largest
 
     def _unscored(self) -> int:
         return sum(flops for (_, op), flops in self.window().entries.items() if op not in ("score", "select"))
 
-    def _scoring(self, tokens: int) -> int:
-        return self.plan.criterion.flops(scored_shape(self.config, tokens)) + cost.select(tokens)
+    def _scoring(self, tokens: int, kept: int) -> int:
+        return scoring_flops(self.config, self.plan, tokens, kept) + cost.select(tokens)
 
 
 def _refuse_plan(arm: Arm) -> None:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from simba_lab.kernels.cost import Ledger, charge, is_recording, recording, select
-from simba_lab.model.cost import look_ahead_flops, scored_shape
+from simba_lab.model.cost import look_ahead_flops, scoring_flops
 from simba_lab.model.mamba import Kept, MixerSignals, Scored
 from simba_lab.pruning.criteria import checked_scores
 from simba_lab.pruning.hashing import sequence_key
 from simba_lab.pruning.measure import stated_cost
-from simba_lab.pruning.select import select_tokens
+from simba_lab.pruning.select import protected_count, select_tokens
 from simba_lab.pruning.signals import LookAhead, Signals
 
 if TYPE_CHECKING:
@@ -60,18 +60,20 @@ class Context:
         plan, config, before = self._model.pruning, self._model.config, self.positions
         batch, present = before.shape
         with torch.no_grad():
-            flops, stream = look_ahead_flops(config, present), functools.partial(_stream, hidden, residual, present)
-            ahead = LookAhead(functools.partial(self._ahead, before), config.n_layer, flops)
-            signals = self._signals(before, layer, mixer, stream, ahead)
+            stream, flops = functools.partial(_stream, hidden, residual, present), look_ahead_flops(config, 1)
+            ahead = LookAhead(functools.partial(self._ahead, before), config.n_layer, flops, config.d_conv)
+            n_free = present - protected_count(k, plan.protect_recent)
+            signals = self._signals(before, layer, mixer, stream, ahead, n_free)
             scores = checked_scores(plan.criterion, signals)
             chosen, self.positions = select_tokens(self._model.backend, scores, before, k, plan.protect_recent)
         if is_recording():  # the cost of a user's criterion is measured, which takes time
-            charge(layer, "score", batch * plan.criterion.flops(scored_shape(config, present)))
+            charge(layer, "score", batch * scoring_flops(config, plan, present, k))
             charge(layer, "select", batch * select(present))
         return Kept(chosen, present)
 
     def _signals(
-        self, positions: Tensor, layer: int, mixer: MixerSignals, stream: Callable[[], Tensor], ahead: LookAhead | None
+        self, positions: Tensor, layer: int, mixer: MixerSignals, stream: Callable[[], Tensor],
+        ahead: LookAhead | None = None, n_free: int | None = None,
     ) -> Signals:  # fmt: skip
         block, present = self._model.backbone.layers[layer].mixer, positions.shape[1]
         context = {
@@ -81,21 +83,22 @@ class Context:
         return Signals(
             layer=layer, backend=self._model.backend, dt_bias=block.dt_bias, A=block.A, hidden=stream,
             positions=positions, sequence_key=self._key, channel_norms=lambda: block.channel_norms, ahead=ahead,
-            **context,
+            n_free=n_free, **context,
         )  # fmt: skip
 
-    def _ahead(self, positions: Tensor, layer: int, stream: Tensor) -> Signals:
+    def _ahead(self, positions: Tensor, layer: int, stream: Tensor, tokens: slice = slice(None)) -> Signals:
         """What ``layer`` would compute for the tokens at ``positions`` from their ``stream`` (B, k, d_model) as it is.
 
-        A criterion's own work: it is charged as scoring, and not as that layer's.
+        ``tokens``: those whose stream it is, if not all. A criterion's own work: it is charged as scoring, and not as
+        that layer's.
         """
-        model, backend = self._model, self._model.backend
+        model, backend, positions = self._model, self._model.backend, positions[:, tokens]
         block = model.backbone.layers[layer]
         cost = len(stream) * look_ahead_flops(model.config, positions.shape[1])
         with recording(Ledger()), stated_cost(cost):
             normed, _ = block.norm(stream.to(model.backbone.embedding.weight.dtype), None, backend)
             mixer = block.mixer.ungated(normed, backend, self._neighbours(positions, 0))
-            return self._signals(positions, layer, mixer, lambda: stream, None)
+            return self._signals(positions, layer, mixer, lambda: stream)
 
 
 def _stream(hidden: Tensor, residual: Tensor, present: int) -> Tensor:

@@ -9,6 +9,7 @@ from simba_lab.errors import InputError
 from simba_lab.kernels import cost
 from simba_lab.model.config import ModelConfig
 from simba_lab.pruning import PruningPlan, ScoredShape
+from simba_lab.pruning.select import protected_count
 
 OUTSIDE = -1
 """Layer number of what belongs to no layer: the head."""
@@ -79,11 +80,16 @@ _LAYER_FLOPS: dict[str, Callable[[ModelConfig, int], dict[str, int]]] = {
 }
 
 
-def scored_shape(config: ModelConfig, tokens: int) -> ScoredShape:
-    """Sizes on which the cost of scoring ``tokens`` tokens may depend."""
+def scored_shape(config: ModelConfig, tokens: int, n_free: int) -> ScoredShape:
+    """Sizes on which the cost of scoring ``tokens`` tokens, ``n_free`` of which may be dropped, may depend."""
     heads, groups = (config.nheads, config.ngroups) if config.layer == "mamba2" else (None, 1)
     sizes = (tokens, config.d_model, config.d_inner, config.d_state, heads, groups)
-    return ScoredShape(*sizes, look_ahead_flops(config, tokens), config.n_layer)
+    return ScoredShape(*sizes, look_ahead_flops(config, 1), config.n_layer, config.d_conv, n_free)
+
+
+def scoring_flops(config: ModelConfig, pruning: PruningPlan, tokens: int, kept: int) -> int:
+    """FLOPs of scoring the ``tokens`` tokens of a layer after which ``kept`` of them go on."""
+    return pruning.criterion.flops(scored_shape(config, tokens, tokens - protected_count(kept, pruning.protect_recent)))
 
 
 def look_ahead_flops(config: ModelConfig, tokens: int) -> int:
@@ -107,7 +113,7 @@ def forward_flops(
         for op, flops in layer_flops(config, count + n_suffix).items():
             entries[layer, op] = flops
         if layer + 1 < len(counts) and counts[layer + 1] < count:
-            entries[layer, "score"] = pruning.criterion.flops(scored_shape(config, count))
+            entries[layer, "score"] = scoring_flops(config, pruning, count, counts[layer + 1])
             entries[layer, "select"] = cost.select(count)
     rows = n_suffix + (1 if head == "scored" else counts[-1])
     entries[OUTSIDE, "head"] = cost.linear(rows, config.d_model, config.padded_vocab_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -32,22 +33,29 @@ class LookaheadImpact(Criterion):
         before, after: so many tokens before and after a token share its score if theirs is lower: what is read in one
             place was said in those before it.
         reduce: over channels, as in ``global_impact``; a fact is spread over many.
+        skip_protected: leave unread what is kept in any case, the boundary's own query apart. Its steps, through which
+            all before it decays, are taken to be the mean of the others'. Saves the share that is protected.
     """
 
     def __init__(
-        self, layer: float | Sequence[float] = 0.6, before: int = 0, after: int = 0, reduce: str = "l2"
-    ) -> None:
+        self, layer: float | Sequence[float] = 0.6, before: int = 0, after: int = 0, reduce: str = "l2",
+        skip_protected: bool = False,
+    ) -> None:  # fmt: skip
         self.layer = layer
         self._layers = [checked_depth(_OWNER, "layer", one) for one in _several(layer)]
         self.before, self.after = _count("before", before), _count("after", after)
         self.reduce = check_reduce("lookahead_impact", reduce)
+        if not isinstance(skip_protected, bool):
+            raise InputError(f"{_OWNER}: skip_protected must be true or false, got {skip_protected!r}")
+        self.skip_protected = skip_protected
 
     def score(self, signals: Signals) -> Tensor:
-        targets = self._targets(signals)
-        if len(targets) == 1:
-            return self._scores(signals, targets[0])
-        ranked = [_ranks(self._scores(signals, target)) for target in targets]
-        return torch.stack(ranked).amax(0).to(torch.float32)
+        """Scores (B, k); 0 of tokens that were not read."""
+        scores = [self._scores(signals, target) for target in self._targets(signals)]
+        if len(scores) > 1:
+            scores = [torch.stack([_ranks(one) for one in scores]).amax(0).to(torch.float32)]
+        unread = scores[0].new_zeros(len(scores[0]), signals.positions.shape[1] - scores[0].shape[1])
+        return torch.cat([scores[0], unread], 1)
 
     def _targets(self, signals: Signals) -> list[int]:
         """The layers to read as, ascending, the current one in the place of all below it."""
@@ -63,12 +71,33 @@ class LookaheadImpact(Criterion):
         return targets
 
     def _scores(self, signals: Signals, target: int) -> Tensor:
-        read = signals if signals.layer == target else signals.ahead.signals(target, signals.hidden)
-        scores = impact_on_boundary(read, read.C[:, -1], None, self.reduce)
+        """Of the tokens that are read, which are the oldest, as the layer ``target`` would score them."""
+        if self.skip_protected and signals.n_free is not None:
+            scores = self._scores_of_free(signals, target)
+        else:
+            read = signals if signals.layer == target else signals.ahead.signals(target, signals.hidden)
+            scores = impact_on_boundary(read, read.C[:, -1], None, self.reduce)
         if self.before or self.after:
             padded = F.pad(scores[:, None], (self.after, self.before), value=-math.inf)
             scores = F.max_pool1d(padded, self.before + self.after + 1, 1)[:, 0]
         return scores
+
+    def _scores_of_free(self, signals: Signals, target: int) -> Tensor:
+        """The same of the free tokens alone, which one token follows in the place of all that are protected."""
+        n_free, present = signals.n_free, signals.positions.shape[1]
+        if signals.layer == target:
+            read, query = signals, signals.C[:, -1]
+        else:
+            free, last = slice(n_free), slice(-signals.ahead.reach, None)
+            read = signals.ahead.signals(target, signals.hidden[:, free], free)
+            query = signals.ahead.signals(target, signals.hidden[:, last], last).C[:, -1]
+        read = read.changed(x=read.x[:, :n_free], dt=read.dt[:, :n_free], B=read.B[:, :n_free])
+        # In fp64, so that the mean of a sequence is the same in any batch.
+        step = (present - n_free) * read.delta.mean(1, keepdim=True, dtype=torch.float64)
+        dt = step + torch.log(-torch.expm1(-step)) - read.dt_bias  # of which softplus makes that step
+        dt = dt.clamp(max=torch.finfo(read.dt.dtype).max).to(read.dt.dtype)
+        followed = read.changed(x=_and_last(read.x), dt=torch.cat([read.dt, dt], 1), B=_and_last(read.B))
+        return impact_on_boundary(followed, query, None, self.reduce)[:, :-1]
 
     def flops(self, shape: ScoredShape) -> int:
         """Of every layer that looks, all up to its scan, the impact and the comparisons of neighbours; in all alike.
@@ -79,11 +108,21 @@ class LookaheadImpact(Criterion):
         """
         if shape.n_layers is not None:
             self._named(shape.n_layers)
+        skips = self.skip_protected and shape.n_free is not None
+        scored = shape.n_free if skips else shape.n_tokens
         neighbours, several = self.before + self.after, len(self._layers) > 1
-        shared = (neighbours + 2) * shape.n_tokens if neighbours else 0
-        steps = 0 if shape.n_heads is None else 2 * shape.n_heads * shape.n_tokens
-        ranking = shape.n_tokens * (2 * math.ceil(math.log2(max(2, shape.n_tokens))) + 1) if several else 0
-        return len(self._layers) * (shape.ahead + impact_flops(shape, False, self.reduce) + shared + steps + ranking)
+        shared = (neighbours + 2) * scored if neighbours else 0
+        ranking = scored * (2 * math.ceil(math.log2(max(2, scored))) + 1) if several else 0
+        return len(self._layers) * (self._reading(shape, skips) + shared + ranking)
+
+    def _reading(self, shape: ScoredShape, skips: bool) -> int:
+        """FLOPs of one layer's reading and impact."""
+        steps = 0 if shape.n_heads is None else 2 * shape.n_heads
+        if not skips:
+            return shape.n_tokens * (shape.ahead + steps) + impact_flops(shape, False, self.reduce)
+        read, query = shape.n_free, min(shape.reach, shape.n_tokens)
+        impact = impact_flops(dataclasses.replace(shape, n_tokens=read + 1), False, self.reduce)
+        return (read + query) * shape.ahead + (read + 1) * steps + impact + (3 * read + 8) * shape.n_steps
 
 
 def _several(layer: float | Sequence[float]) -> list[float]:
@@ -91,6 +130,11 @@ def _several(layer: float | Sequence[float]) -> list[float]:
     if not layers:
         raise InputError(f"{_OWNER}: layer must name at least one layer")
     return layers
+
+
+def _and_last(tokens: Tensor) -> Tensor:
+    """(B, k, ...) with the last token once more."""
+    return torch.cat([tokens, tokens[:, -1:]], 1)
 
 
 def _ranks(scores: Tensor) -> Tensor:

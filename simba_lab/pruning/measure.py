@@ -179,4 +179,5 @@ def meta_signals(shape: ScoredShape) -> Signals:
         hidden=torch.empty(1, k, shape.d_model),
         positions=torch.empty(1, k, dtype=torch.int64),
         sequence_key=torch.empty(1, dtype=torch.int64),
+        n_free=shape.n_free,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,6 +73,14 @@ class Signals:
     channel_norms: Tensor | None = _OnDemand(optional=True)  # (D,) how far a channel moves the residual stream
     ahead: LookAhead | None = None  # what a later layer would make of these tokens
     scanned: tuple[OwnImpact, Tensor] | None = None  # an impact that the scan has found on its way, (B, k)
+    n_free: int | None = None  # so many of the oldest may be dropped, the rest stays whatever its score; None: all
+
+    def changed(self, **fields: Tensor) -> Signals:
+        """A copy with other ``fields``; unlike one by ``dataclasses``, it leaves what nobody has read uncomputed."""
+        twin = copy.copy(self)
+        for name, value in fields.items():
+            object.__setattr__(twin, name, value)
+        return twin
 
     @property
     def delta(self) -> Tensor:
@@ -93,7 +103,8 @@ class Signals:
         (_, tokens, inner), width, states = self.x.shape, self.hidden.shape[-1], self.B.shape[-1]
         heads, groups = (self.A.shape[0], self.B.shape[2]) if self.per_head else (None, 1)
         sizes = [None if size is None else int(size) for size in (tokens, width, inner, states, heads, groups)]
-        return ScoredShape(*sizes, *((0, None) if self.ahead is None else (self.ahead.flops, self.ahead.n_layers)))
+        ahead = () if self.ahead is None else (self.ahead.flops, self.ahead.n_layers, self.ahead.reach)
+        return dataclasses.replace(ScoredShape(*sizes, *ahead), n_free=self.n_free)
 
 
 @dataclass(frozen=True)
@@ -101,21 +112,25 @@ class LookAhead:
     """A later layer's mixer, up to its scan and without its gate, on the residual stream as it is now.
 
     Attributes:
-        signals: (layer, stream (B, k, M)) to the signals of that layer, which itself may not look further.
+        signals: (layer, stream (B, k, M)) to the signals of that layer, which itself may not look further. A slice of
+            the tokens as third argument says that the stream is of these alone: the first of them have no neighbours.
         n_layers: of the model.
-        flops: of one call for one sequence; to read the gate ``z`` of its signals costs more, and is not charged.
+        flops: of a call, for each token; to read the gate ``z`` of its signals costs more, and is not charged.
+        reach: tokens that a layer's convolution reads for one, itself included.
     """
 
-    signals: Callable[[int, Tensor], Signals]
+    signals: Callable[..., Signals]
     n_layers: int
     flops: int
+    reach: int
 
 
 @dataclass(frozen=True)
 class ScoredShape:
     """Sizes a criterion's cost may depend on; ``n_heads`` None means a step size for every channel, as in Mamba-1.
 
-    ``ahead``: FLOPs of looking into a later layer once. ``n_layers``: of the model, None where there is no model.
+    ``ahead``: FLOPs of looking into a later layer, per token. ``n_layers``: of the model, None where there is no model.
+    ``reach``: tokens that the convolution reads for one. ``n_free``: as in :class:`Signals`.
     """
 
     n_tokens: int
@@ -126,6 +141,8 @@ class ScoredShape:
     n_groups: int = 1
     ahead: int = 0
     n_layers: int | None = None
+    reach: int = 1
+    n_free: int | None = None
 
     @property
     def n_steps(self) -> int:
