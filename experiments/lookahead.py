@@ -36,15 +36,16 @@ def arms(rung: str, length: int) -> dict[str, dict[str, Any]]:
 
 def table() -> list[str]:
     titles = (
-        "smaller dense", "look-ahead", "the layer's own impact", "far: look-ahead", "far: own impact",
-        "far: dense, 1.7 times the FLOPs",
+        "smaller dense", "look-ahead", "the layer's own impact", "far: smaller dense",
+        "far: look-ahead", "far: own impact", "far: dense, 1.7 times the FLOPs",
     )  # fmt: skip
     lines = [f"| pruned, dense | T | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
     for rung, small in PAIRS:
         for length in LENGTHS:
             of = arms(rung, length)
             cells = [difference(of["smaller"], "", 0), difference(of["ahead"], "", 1), difference(of["own"], "", 1)]
-            cells += [difference(of[name], "_far", 0 if name == "dense" else 1) for name in ("ahead", "own", "dense")]
+            far = {"smaller": 0, "ahead": 1, "own": 1, "dense": 0}
+            cells += [difference(of[name], "_far", digits) for name, digits in far.items()]
             lines.append(f"| {rung}, {small} | {length} | {' | '.join(cells)} |")
     return lines
 
