@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 FILES = {
     "pair": "pairs", "curve": "curve", "tuned": "tuned", "from_scratch": "from_scratch", "search": "search",
     "recall": "recall", "shorter": "shorter", "transfer": "transfer",
-    "lookahead": "lookahead",
+    "lookahead": "lookahead", "retrained": "retrained",
 }  # fmt: skip
 OF_SWEEP = (
     "created command budget_flops tolerance budget_reference metric protocol n_context n_suffix far_distance windows "

@@ -1,7 +1,7 @@
-"""Look-ahead on rungs nobody taught, from experiments/results/lookahead.json: table and experiments/lookahead.png.
+"""Look-ahead on rungs nobody taught, from experiments/results/lookahead.json: tables and experiments/lookahead.png.
 
-.venv/bin/python experiments/lookahead.py            # prints the table, draws the figure
-.venv/bin/python experiments/lookahead.py --write    # and puts the table between its markers
+.venv/bin/python experiments/lookahead.py            # prints the tables, draws the figure
+.venv/bin/python experiments/lookahead.py --write    # and puts the tables between their markers
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from claim import HERE, LENGTHS, PAIRS, into, read
 
+SKIP_MARKERS = ("<!-- skip table -->", "<!-- end of skip table -->")
 MARKERS = ("<!-- look-ahead table -->", "<!-- end of look-ahead table -->")
 AIM = 2  # 10^-3 nats: what plain text may cost
 SERIES = {
@@ -46,6 +47,25 @@ def table() -> list[str]:
             cells = [difference(of["smaller"], "", 0), difference(of["ahead"], "", 1), difference(of["own"], "", 1)]
             far = {"smaller": 0, "ahead": 1, "own": 1, "dense": 0}
             cells += [difference(of[name], "_far", digits) for name, digits in far.items()]
+            lines.append(f"| {rung}, {small} | {length} | {' | '.join(cells)} |")
+    return lines
+
+
+def skip_table() -> list[str]:
+    """Look-ahead that does not read what is protected, wherever it was measured; to the shorter context too."""
+    titles = ("windows", "smaller dense", "look-ahead", "far: smaller dense", "far: look-ahead")
+    lines = [f"| pruned, dense | T | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
+    measured = read("lookahead")
+    for rung, small in PAIRS:
+        for length in LENGTHS:
+            found = measured.get(f"lookahead-{rung}-skip-{length}")
+            if found is None:
+                continue
+            smaller, ahead = (
+                next(a for a in found["arms"] if a["kind"] == kind) for kind in ("smaller_dense", "pruned")
+            )
+            cells = [f"{found['windows']:,}", difference(smaller, "", 0), difference(ahead, "", 1)]
+            cells += [difference(smaller, "_far", 0), difference(ahead, "_far", 1)]
             lines.append(f"| {rung}, {small} | {length} | {' | '.join(cells)} |")
     return lines
 
@@ -95,13 +115,14 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
     args = parser.parse_args()
-    lines = table()
-    print("\n".join(lines))
+    tables = {MARKERS: table(), SKIP_MARKERS: skip_table()}
+    print("\n\n".join("\n".join(lines) for lines in tables.values()))
     draw(HERE / "lookahead.png")
     if args.write:
-        into(HERE.parent / "README.md", MARKERS, lines)
+        for markers, lines in tables.items():
+            into(HERE.parent / "README.md", markers, lines)
 
 
 if __name__ == "__main__":
