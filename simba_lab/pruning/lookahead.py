@@ -52,10 +52,9 @@ class LookaheadImpact(Criterion):
     def score(self, signals: Signals) -> Tensor:
         """Scores (B, k); 0 of tokens that were not read."""
         scores = [self._scores(signals, target) for target in self._targets(signals)]
-        if len(scores) > 1:
-            scores = [torch.stack([_ranks(one) for one in scores]).amax(0).to(torch.float32)]
-        unread = scores[0].new_zeros(len(scores[0]), signals.positions.shape[1] - scores[0].shape[1])
-        return torch.cat([scores[0], unread], 1)
+        read = scores[0] if len(scores) == 1 else torch.stack([_ranks(one) for one in scores]).amax(0).to(torch.float32)
+        unread = read.new_zeros(len(read), signals.positions.shape[1] - read.shape[1])
+        return torch.cat([read, unread], 1)
 
     def _targets(self, signals: Signals) -> list[int]:
         """The layers to read as, ascending, the current one in the place of all below it."""
