@@ -31,7 +31,7 @@ from simba_lab.errors import InputError
 from simba_lab.sweep.children import shares
 from simba_lab.sweep.parallel import _wants_more_devices
 from simba_lab.sweep.pool import Pool
-from simba_lab.sweep.queue import ERROR, TASK, GivenBack, Queue, Task, TaskFailed
+from simba_lab.sweep.queue import CLAIM, ERROR, TASK, GivenBack, Queue, Task, TaskFailed
 from simba_lab.sweep.study import SharedStorage, local_storage, named_study
 from simba_lab.training import Experiment
 
@@ -121,6 +121,20 @@ def slow_trial(trial: optuna.Trial, task: Task) -> float:
     return value_at(trial.suggest_float("x", 0.0, 1e6))
 
 
+def one_at_work(server: postgres.Server, database: str, processes: list[Any], rng: random.Random) -> Any:
+    """A process in the middle of a trial: on a slow machine one taken blindly is as likely between two."""
+    claims = (
+        "SELECT value_json FROM trial_user_attributes JOIN trials USING (trial_id)"
+        f" WHERE key = '{CLAIM}' AND state = 'RUNNING'"
+    )
+    for _ in range(1000):
+        at_work = {json.loads(value)["process"] for (value,) in server.sql(database, claims)}
+        if found := [process for process in processes if process.pid in at_work]:
+            return rng.choice(found)
+        time.sleep(0.02)
+    raise TimeoutError("nobody is at work")
+
+
 @pytest.mark.slow
 def test_trials_of_killed_workers_and_cut_connections_are_run_again(server: postgres.Server) -> None:
     """Seeded kill -9 of workers, and the loss of all connections, in the middle of 80 trials."""
@@ -134,9 +148,10 @@ def test_trials_of_killed_workers_and_cut_connections_are_run_again(server: post
         if event == "cut":
             assert server.cut_connections("killed") > 0
             continue
-        victim = processes.pop(rng.randrange(len(processes)))
+        victim = one_at_work(server, "killed", processes, rng)
         os.kill(victim.pid, signal.SIGKILL)
         victim.join()
+        processes.remove(victim)
         processes.append(join(url, 80, slow_trial))
     for process in processes:
         process.join(timeout=120)
