@@ -605,7 +605,7 @@ def test_xz_bits_per_byte(folder: Path) -> None:
         xz_bits_per_byte("")
 
 
-@pytest.mark.parametrize("key", ["length", "batch_size", "vocab_size", "validation_share", "seed"])
+@pytest.mark.parametrize("key", ["length", "batch_size", "vocab_size", "validation_share"])
 def test_null_where_a_number_belongs_is_named(key: str) -> None:
     with pytest.raises(InputError, match=f"^data.{key}: null is no number"):
         TextData(**{key: None})

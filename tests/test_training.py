@@ -29,7 +29,7 @@ from simba_lab.data import RecallData, TextData
 from simba_lab.environment import describe
 from simba_lab.errors import InputError
 from simba_lab.kernels.cost import CONVENTION
-from simba_lab.model import ModelConfig
+from simba_lab.model import LanguageModel, ModelConfig
 from simba_lab.training import LanguageModeling, PrunedTraining, read_experiment
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
@@ -349,12 +349,43 @@ def test_seed_and_backend_of_the_module_have_an_effect() -> None:
         module(backend="abacus")
 
 
-def test_weights_that_seed_everything_does_not_decide(trained: tuple[str, Path]) -> None:
-    """Initial weights follow model.seed alone, whatever was drawn before."""
+def test_weights_that_the_global_generator_does_not_decide(trained: tuple[str, Path]) -> None:
+    """Initial weights follow the seed alone, whatever was drawn before."""
     torch.manual_seed(5)
     one = module().lm.state_dict()
     torch.manual_seed(6)
     assert all(torch.equal(weight, one[name]) for name, weight in module().lm.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("given", "weights", "data"),
+    [({"seed_everything": 5}, 5, 5), ({"seed_everything": 5, "model.seed": 0}, 0, 5),
+     ({"seed_everything": 5, "data.init_args.seed": 2}, 5, 2), ({"seed_everything": False}, 0, 0)],
+    ids=["both", "but the weights", "but the data", "none"],
+)  # fmt: skip
+def test_seed_everything_is_the_seed_of_what_has_none(
+    given: dict[str, Any], weights: int, data: int, tmp_path: Path
+) -> None:
+    changes = {
+        "data.init_args.source": str(write_words(tmp_path / "words.txt")), "data.init_args.tokenizer": "bytes",
+        "data.init_args.cache_dir": str(tmp_path / "cache"), "trainer.default_root_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    read = read_experiment(tiny.write_yaml(tmp_path / "seeded.yaml", tiny.EXPERIMENT, changes | given))
+    assert (read.resolved["model"]["seed"], read.resolved["data"]["init_args"]["seed"]) == (weights, data)
+    of_seed = LanguageModel(read.model.config, seed=weights).state_dict()
+    assert all(torch.equal(weight, of_seed[name]) for name, weight in read.model.state_dict().items())
+    assert read.data.seed == data
+
+
+def test_a_run_from_another_seed_is_another_run(tmp_path: Path) -> None:
+    """And says with which: the saved configuration names the seeds and is that run's own."""
+    seeds = {"a": 0, "b": 1, "c": 1}
+    for name, seed in seeds.items():
+        assert fit(tmp_path / name, {"trainer.max_steps": 2}, "--seed_everything", str(seed)) == 0
+    one, other, same = (losses(tmp_path / name) for name in seeds)
+    assert other == same and other[0] != one[0]
+    saved = tmp_path / "b" / "config.yaml"
+    assert "seed: 1" in saved.read_text() and read_experiment(saved).is_trained()
 
 
 def text_settings(folder: Path) -> dict[str, Any]:
@@ -370,6 +401,11 @@ def outcome(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     loaders = (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
     tokens = [tuple(batch["tokens"].flatten().tolist() for batch in loader) for loader in loaders]
     return tuple(map(str, tokens)), loaders[0].num_workers, data.corpus.folder.parent
+
+
+def test_models_from_different_seeds_are_compared_on_the_same_windows(tmp_path: Path) -> None:
+    one, other = (TextData(**text_settings(tmp_path), seed=seed).eval_windows("test", 40, 8, 5) for seed in (0, 1))
+    assert np.array_equal(one.tokens, other.tokens) and len(one.tokens) == 5
 
 
 def test_every_field_of_the_text_data_has_an_effect(tmp_path: Path) -> None:

@@ -20,13 +20,14 @@ class ResumableData(LightningDataModule, ABC):
 
     Args:
         batch_size: Examples per batch and process.
-        seed: Decides the order of the training examples, together with the epoch.
+        seed: Decides the order of the training examples, together with the epoch; null is 0, on the command line
+            seed_everything.
         num_workers: Loader processes; 0 reads in the training process.
     """
 
-    def __init__(self, batch_size: int, seed: int, num_workers: int) -> None:
+    def __init__(self, batch_size: int, seed: int | None, num_workers: int) -> None:
         super().__init__()
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
+        self.batch_size, self.seed, self.num_workers = batch_size, seed or 0, num_workers
         self._training: EpochLoader | None = None
         self._restored: dict[str, int] | None = None
 

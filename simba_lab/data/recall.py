@@ -47,7 +47,7 @@ class RecallData(ResumableData):
         train_examples: Examples per epoch.
         validation_examples: Examples of each validation and of the test, all different from the training ones.
         batch_size: Examples per batch and process.
-        seed: Decides the examples and their order.
+        seed: Decides the examples and their order; null is 0, on the command line seed_everything.
         num_workers: Loader processes; 0 draws in the training process.
 
     Raises:
@@ -66,7 +66,7 @@ class RecallData(ResumableData):
         train_examples: int = 20_000,
         validation_examples: int = 512,
         batch_size: int = 32,
-        seed: int = 0,
+        seed: int | None = None,
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, seed, num_workers)

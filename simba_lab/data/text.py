@@ -34,7 +34,7 @@ class TextData(ResumableData):
         batch_size: Windows per batch and process.
         validation_windows: Windows read at each validation, evenly spread; null for all.
         test_windows: Windows read by `test`; null for all.
-        seed: Decides the order of the training windows.
+        seed: Decides the order of the training windows; null is 0, on the command line seed_everything.
         num_workers: Loader processes; 0 reads in the training process.
         cache_dir: Folder in which encoded corpora are kept.
 
@@ -58,12 +58,12 @@ class TextData(ResumableData):
         batch_size: int = 8,
         validation_windows: int | None = 64,
         test_windows: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         num_workers: int = 0,
         cache_dir: str = "runs/cache",
     ) -> None:
         super().__init__(batch_size, seed, num_workers)
-        require_set(length=length, batch_size=batch_size, vocab_size=vocab_size, seed=seed, num_workers=num_workers)
+        require_set(length=length, batch_size=batch_size, vocab_size=vocab_size, num_workers=num_workers)
         require_set(validation_share=validation_share, test_share=test_share)
         require_at_least(1, length=length, batch_size=batch_size)
         require_at_least(1, validation_windows=validation_windows, test_windows=test_windows)
@@ -120,8 +120,8 @@ class TextData(ResumableData):
     def eval_windows(
         self, split: str, n_context: int, n_suffix: int, count: int, stride: int | None = None
     ) -> EvalWindows:
-        """Context-and-suffix windows of a split, see `cut_eval_windows`; the choice follows `seed`."""
-        return cut_eval_windows(self.shard(split), n_context, n_suffix, count, stride, self.seed)
+        """Context-and-suffix windows of a split, see `cut_eval_windows`: the same ones whatever the seed of a training."""
+        return cut_eval_windows(self.shard(split), n_context, n_suffix, count, stride)
 
     def xz_bits_per_byte(self, split: str = "test") -> float:
         """Bits per byte of the split's text after `xz -9`."""

@@ -18,7 +18,7 @@ from simba_lab.checkpoint import TOKENIZER_FILE, load
 from simba_lab.data import TextData, Tokenizer
 from simba_lab.errors import InputError
 from simba_lab.model import LanguageModel
-from simba_lab.training.lightning_cli import CONFIG_FILE, Parser, run_cli
+from simba_lab.training.lightning_cli import CONFIG_FILE, Parser, run_cli, settle_seeds
 from simba_lab.training.mistakes import blaming_config, read_yaml
 from simba_lab.training.record import RUN_FILE
 
@@ -76,6 +76,7 @@ def _read_trained(path: Path) -> Experiment:
     parser.add_argument(f"--{TRAINED}", type=str, required=True)
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)
     config = parser.parse_path(str(path))
+    settle_seeds(config)
     resolved = yaml.safe_load(parser.dump(config, skip_none=False))
     with blaming_config():
         data = parser.instantiate_classes(config).data
@@ -116,9 +117,11 @@ def _completed(saved: dict[str, Any], wanted: dict[str, Any], parser: Parser) ->
     if known == wanted:
         return saved
     try:
-        defaults = yaml.safe_load(parser.dump(parser.parse_object(known), skip_none=False))
+        config = parser.parse_object(known)
     except InputError:
         return saved
+    settle_seeds(config)
+    defaults = yaml.safe_load(parser.dump(config, skip_none=False))
     return _filled(saved, defaults)
 
 

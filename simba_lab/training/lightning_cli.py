@@ -94,6 +94,9 @@ class Cli(LightningCLI):
         parser.link_arguments("data.vocab_size", "model.model.vocab_size", apply_on="instantiate")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
 
+    def before_instantiate_classes(self) -> None:
+        settle_seeds(self.config[self.subcommand] if self.subcommand else self.config)
+
     def instantiate_classes(self) -> None:
         with blaming_config():
             super().instantiate_classes()
@@ -136,6 +139,14 @@ class Cli(LightningCLI):
             if isinstance(callback, RunRecord):
                 callback.complete(self.trainer, self.model)
         print_held_out(self.trainer, self.model, self.datamodule)
+
+
+def settle_seeds(config: Any) -> None:
+    """Seeds of the initial weights and of the data that nobody gave become that of ``seed_everything``."""
+    seed = config.get("seed_everything", 0)
+    for key in ("model.seed", "data.init_args.seed"):
+        if key in config and config[key] is None:
+            config[key] = 0 if isinstance(seed, bool) else seed
 
 
 def _run_folder(config: Any) -> Path:

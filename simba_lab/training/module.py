@@ -73,7 +73,7 @@ class LanguageModeling(LightningModule):
         weights: finished weights to start from, cast to fp32: a run folder, a .ckpt, or whatever else simba_lab.load
             reads, of the same shape and tokenizer; null draws them from the seed.
         backend: kernels, by name, or auto.
-        seed: of the initial weights.
+        seed: of the initial weights; null is 0, on the command line seed_everything.
         learning_rate: peak of AdamW's learning rate.
         weight_decay: on matrices; none on biases, norms, embeddings, A and D.
         betas: AdamW's two.
@@ -89,7 +89,7 @@ class LanguageModeling(LightningModule):
         pruning: PrunedTraining | None = None,
         weights: str | None = None,
         backend: str = "auto",
-        seed: int = 0,
+        seed: int | None = None,
         learning_rate: float = 3e-3,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -104,7 +104,7 @@ class LanguageModeling(LightningModule):
                 "final_lr_share in [0, 1]"
             )
         self.pruned, self.learning_rate, self.weight_decay, self.betas = pruning, learning_rate, weight_decay, betas
-        self.warmup_steps, self.final_lr_share, self.init_seed = warmup_steps, final_lr_share, seed
+        self.warmup_steps, self.final_lr_share, self.init_seed = warmup_steps, final_lr_share, seed or 0
         plan = None
         if pruning is not None:
             criterion, schedule = (
@@ -114,7 +114,7 @@ class LanguageModeling(LightningModule):
                 model.n_layer, criterion, schedule, pruning.mean_keep, pruning.protect_recent, pruning.convolution
             )
             plan.schedule.counts(model.n_layer, pruning.n_context)
-        self.lm = LanguageModel(model, plan, backend, seed)
+        self.lm = LanguageModel(model, plan, backend, self.init_seed)
         self.weights = weights
         self.started_from: dict[str, Any] | None = None
         # Told from shapes, which a strategy that divides the weights among processes changes.
