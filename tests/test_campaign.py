@@ -45,6 +45,19 @@ def test_what_a_job_needs_is_what_its_files_name() -> None:
     assert {need for job in found.values() for need in job.needs} <= set(found)
 
 
+def test_trainings_from_other_seeds_differ_in_seed_and_folder_alone() -> None:
+    found = jobs.all_jobs()
+    plain, seeded = found["fit-12m"], found["fit-12m-seed2"]
+    changed = ["--seed_everything", "2", "--trainer.default_root_dir", "runs/ladder/12m-seed2"]
+    assert seeded.arguments == [*plain.arguments, *changed] and seeded.training and seeded.needs == ()
+    compared = found["retrained-12m-seed2-512"]
+    assert set(compared.needs) == {"fit-7m-seed2", "fit-12m-seed2"}
+    given = dict(pair.split("=") for pair in compared.arguments[4::2])
+    assert given["experiment"] == "runs/ladder/12m-seed2/config.yaml"
+    assert (given["n_context"], given["windows"], given["budget.tolerance"]) == ("448", "2000", "0.016")
+    assert "budget.tolerance=0.016" not in found["retrained-12m-seed2-1024"].arguments
+
+
 def test_every_sweep_of_the_ladder_can_be_read() -> None:
     campaign.check({name: job for name, job in jobs.all_jobs().items() if job.arguments[0] == "sweep"})
 
