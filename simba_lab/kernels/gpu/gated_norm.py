@@ -17,8 +17,10 @@ from simba_lab.kernels.gpu.norm import HELD, as_tokens, row_layout, start_of
 
 @triton.jit(do_not_specialize=["length"])
 def _forward_kernel(
-    y, z, weight, out, inverse, eps, length, width, groups, y_batch, y_token, z_batch, z_token, BLOCK: tl.constexpr
-):
+    y, z, weight, out, inverse, eps: tl.constexpr, length, width, groups, y_batch, y_token, z_batch, z_token,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``eps`` is a constant, for an argument would reach a compiled kernel rounded to fp32."""
     ACC: tl.constexpr = inverse.dtype.element_ty
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, BLOCK)

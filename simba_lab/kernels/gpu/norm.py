@@ -39,11 +39,14 @@ def _source(row, length, chosen, kept, present):
 
 @triton.jit(do_not_specialize=["length", "kept", "present"])
 def _forward_kernel(
-    hidden, residual, weight, chosen, normed, stream, inverse, eps, length, kept, present, channels,
+    hidden, residual, weight, chosen, normed, stream, inverse, eps: tl.constexpr, length, kept, present, channels,
     hidden_batch, hidden_token, residual_batch, residual_token,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``length`` tokens a sequence; with ``chosen`` (B, kept), those and then all after the first ``present``."""
+    """``length`` tokens a sequence; with ``chosen`` (B, kept), those and then all after the first ``present``.
+
+    ``eps`` is a constant, for an argument would reach a compiled kernel rounded to fp32.
+    """
     ACC: tl.constexpr = stream.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
