@@ -34,6 +34,7 @@ from simba_lab.training.start import check_weights
 from simba_lab.training.stopping import Stopping, WholeCheckpoints
 
 CONFIG_FILE = "config.yaml"
+SEEDS = 2**32
 
 
 class Parser(LightningArgumentParser):
@@ -85,8 +86,10 @@ class Cli(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
-        if subcommand := self.config.get("subcommand"):
-            config = self.config[subcommand]
+        subcommand = self.config.get("subcommand")
+        config = self.config[subcommand] if subcommand else self.config
+        check_seed(config.seed_everything)
+        if subcommand:
             check_checkpoint(config.ckpt_path, _run_folder(config), subcommand)
             check_weights(config.model.weights, _run_folder(config) if subcommand == "fit" else None)
 
@@ -139,6 +142,12 @@ class Cli(LightningCLI):
             if isinstance(callback, RunRecord):
                 callback.complete(self.trainer, self.model)
         print_held_out(self.trainer, self.model, self.datamodule)
+
+
+def check_seed(seed: bool | int) -> None:
+    """Raises InputError for a number that Lightning's ``seed_everything`` does not take."""
+    if not 0 <= seed < SEEDS:
+        raise InputError(f"seed_everything: {seed} must lie in 0..{SEEDS - 1}")
 
 
 def settle_seeds(config: Any) -> None:
