@@ -1,7 +1,7 @@
 """The claim on the ladder, from experiments/results/*.json: tables for README.md and LOG.md, and experiments/claim.png.
 
 .venv/bin/python experiments/claim.py            # prints the tables, draws the figure
-.venv/bin/python experiments/claim.py --write    # and puts the README's table between its markers
+.venv/bin/python experiments/claim.py --write    # and puts the README's tables between their markers
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ ARMS = {
     "dense": ("dense, 1.7 times the FLOPs", "0.5", "v"),
 }
 MARKERS = ("<!-- claim table -->", "<!-- end of claim table -->")
+AGAIN_MARKERS = ("<!-- again table -->", "<!-- end of again table -->")
 
 
 def read(name: str) -> dict[str, Any]:
@@ -63,6 +64,25 @@ def pairs_table() -> list[str]:
             arms = measured[big, length]
             lines.append(f"| {big}, {small} | {length} | " + " | ".join(difference(arms[name]) for name in ARMS) + " |")
     return lines
+
+
+def again_table() -> list[str]:
+    """The first training of the larger rung, and its second: each minus the smaller model, on the same windows."""
+    lines = pairs_table()[:2]
+    first, second = pairs(), read("retrained")
+    for big, small in PAIRS:
+        for between, label in (("", f"{big}, {small}"), (f"-{small}", f"{big}, {small} again too")):
+            for length in LENGTHS:
+                sweep = second.get(f"retrained-{big}{between}-{length}")
+                if sweep is not None:
+                    arms = {arm["name"]: arm for arm in sweep["arms"]}
+                    cells = (f"{before(first[big, length][name])}, {difference(arms[name])}" for name in ARMS)
+                    lines.append(f"| {label} | {length} | {' | '.join(cells)} |")
+    return lines
+
+
+def before(arm: dict[str, Any]) -> str:
+    return f"{1e3 * arm['difference']:+.0f}"
 
 
 def difference(arm: dict[str, Any]) -> str:
@@ -110,13 +130,14 @@ def into(path: Path, markers: tuple[str, str], lines: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
     args = parser.parse_args()
-    table = pairs_table()
-    print("\n".join([*rungs_table(), "", *table]))
+    tables = {MARKERS: pairs_table(), AGAIN_MARKERS: again_table()}
+    print("\n\n".join("\n".join(lines) for lines in (rungs_table(), *tables.values())))
     draw(HERE / "claim.png")
     if args.write:
-        into(HERE.parent / "README.md", MARKERS, table)
+        for markers, lines in tables.items():
+            into(HERE.parent / "README.md", markers, lines)
 
 
 if __name__ == "__main__":
