@@ -17,20 +17,23 @@ MARKERS = ("<!-- look-ahead table -->", "<!-- end of look-ahead table -->")
 AIM = 2  # 10^-3 nats: what plain text may cost
 SERIES = {
     "ahead": ("look-ahead impact", "C2", "D"),
+    "skip": ("look-ahead that does not read what is protected", "C0", "s"),
     "own": ("impact of the layer itself, else the same", "C3", "o"),
     "dense": ("dense, 1.7 times the FLOPs", "0.5", "v"),
 }
 
 
 def arms(rung: str, length: int) -> dict[str, dict[str, Any]]:
-    """The arms of one sweep; every difference is to the shorter context of the same rung."""
+    """The arms of both sweeps; every difference is to the shorter context of the same rung."""
     found = read("lookahead")[f"lookahead-{rung}-untaught-first-{length}"]["arms"]
     ahead = [arm for arm in found if arm.get("criterion") == "lookahead_impact"]
     by_kind = {arm["kind"]: arm for arm in found}
+    skip = read("lookahead")[f"lookahead-{rung}-skip-{length}"]["arms"]
     return {
         "smaller": by_kind["smaller_dense"],
         "dense": by_kind["dense"],
         "ahead": next(arm for arm in ahead if "[" not in arm["name"]),
+        "skip": next(arm for arm in skip if arm["kind"] == "pruned"),
         "own": next(arm for arm in found if arm.get("criterion") == "global_impact"),
     }
 
@@ -52,15 +55,13 @@ def table() -> list[str]:
 
 
 def skip_table() -> list[str]:
-    """Look-ahead that does not read what is protected, wherever it was measured; to the shorter context too."""
+    """Look-ahead that does not read what is protected; minus the shorter context too."""
     titles = ("windows", "smaller dense", "look-ahead", "far: smaller dense", "far: look-ahead")
     lines = [f"| pruned, dense | T | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
     measured = read("lookahead")
     for rung, small in PAIRS:
         for length in LENGTHS:
-            found = measured.get(f"lookahead-{rung}-skip-{length}")
-            if found is None:
-                continue
+            found = measured[f"lookahead-{rung}-skip-{length}"]
             smaller, ahead = (
                 next(a for a in found["arms"] if a["kind"] == kind) for kind in ("smaller_dense", "pruned")
             )
@@ -95,7 +96,7 @@ def draw(path: Path) -> None:
                 middle = [1e3 * of[name][f"difference{which}"] for of in measured]
                 ends = [[1e3 * of[name][f"difference{which}_interval"][end] for of in measured] for end in (0, 1)]
                 reach = [[abs(m - e) for m, e in zip(middle, ends[end], strict=True)] for end in (0, 1)]
-                places = [length * 1.05 ** (shift - 1) for length in LENGTHS]
+                places = [length * 1.06 ** (shift - 1.5) for length in LENGTHS]
                 look = {"label": title, "color": colour, "marker": marker, "markersize": 4, "linewidth": 1}
                 panel.errorbar(places, middle, reach, capsize=2, **look)
             panel.axhline(0, color="black", linewidth=0.8)
