@@ -120,7 +120,7 @@ class TextData(ResumableData):
     def eval_windows(
         self, split: str, n_context: int, n_suffix: int, count: int, stride: int | None = None
     ) -> EvalWindows:
-        """Context-and-suffix windows of a split, see `cut_eval_windows`: the same ones whatever the seed of a training."""
+        """Context-and-suffix windows of a split, see `cut_eval_windows`: the same for every training seed."""
         return cut_eval_windows(self.shard(split), n_context, n_suffix, count, stride)
 
     def xz_bits_per_byte(self, split: str = "test") -> float:
