@@ -76,13 +76,10 @@ def again_table() -> list[str]:
                 sweep = second.get(f"retrained-{big}{between}-{length}")
                 if sweep is not None:
                     arms = {arm["name"]: arm for arm in sweep["arms"]}
-                    cells = (f"{before(first[big, length][name])}, {difference(arms[name])}" for name in ARMS)
+                    then = first[big, length]
+                    cells = (f"{1e3 * then[name]['difference']:+.0f}, {difference(arms[name])}" for name in ARMS)
                     lines.append(f"| {label} | {length} | {' | '.join(cells)} |")
     return lines
-
-
-def before(arm: dict[str, Any]) -> str:
-    return f"{1e3 * arm['difference']:+.0f}"
 
 
 def difference(arm: dict[str, Any]) -> str:

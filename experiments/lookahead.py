@@ -25,10 +25,10 @@ SERIES = {
 
 def arms(rung: str, length: int) -> dict[str, dict[str, Any]]:
     """The arms of both sweeps; every difference is to the shorter context of the same rung."""
-    found = read("lookahead")[f"lookahead-{rung}-untaught-first-{length}"]["arms"]
+    measured = read("lookahead")
+    found, skip = (measured[f"lookahead-{rung}-{what}-{length}"]["arms"] for what in ("untaught-first", "skip"))
     ahead = [arm for arm in found if arm.get("criterion") == "lookahead_impact"]
     by_kind = {arm["kind"]: arm for arm in found}
-    skip = read("lookahead")[f"lookahead-{rung}-skip-{length}"]["arms"]
     return {
         "smaller": by_kind["smaller_dense"],
         "dense": by_kind["dense"],

@@ -78,6 +78,7 @@ def pruned(**changes: Any) -> dict[str, Any]:
         (pruning(protect_recent=1.5), "protect_recent must lie in [0, 1], got 1.5"),
         (pruning(n_context=129), "model.pruning.n_context: 129 is longer than data.length, a window of 128 tokens"),
         (pruning(n_context=0), "n_context and n_layers must be at least 1"),
+        ({"seed_everything": None}, "seed_everything: null is no number; give one or leave the key out"),
         ({"seed_everything": -1}, "seed_everything: -1 must lie in 0..4294967295"),
         ({"seed_everything": 2**32}, "seed_everything: 4294967296 must lie in 0..4294967295"),
         ({"sed_everything": 0}, "sed_everything is not a key (did you mean seed_everything?)"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from simba_lab.kernels import reference, resolve
 
 pytest.importorskip("triton")
 from simba_lab.kernels import gpu  # noqa: E402 - it needs triton
-from simba_lab.kernels.gpu import gated_norm, ssd_scan, ssd_scores  # noqa: E402
+from simba_lab.kernels.gpu import gated_norm, norm, ssd_scan, ssd_scores  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative norm of the error: the issue's bounds are 1e-4 in fp32 and 1e-2 in bf16. The interpreter cuts bf16 off
@@ -224,6 +226,12 @@ def test_gated_norm(groups: int, channels: int, dtype: torch.dtype, tolerance: f
     for name, exact in norm_gradients(reference, doubles(given), groups).items():
         assert got[name].dtype == same[name].dtype and got[name].shape == exact.shape, name
         assert error(got[name], exact) <= tolerance, f"{name}: {error(got[name], exact):.1e}"
+
+
+@pytest.mark.parametrize("kernel", [norm._forward_kernel, gated_norm._forward_kernel], ids=["norm", "gated norm"])
+def test_eps_is_a_constant_of_its_kernel(kernel: Any) -> None:
+    """Compiled, an argument would be rounded to fp32, which fp64 shows; the interpreter does not round it."""
+    assert inspect.signature(kernel.fn).parameters["eps"].annotation == "tl.constexpr"
 
 
 def test_gated_norm_adds_up_the_shares_of_its_weight(nan_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,10 +86,9 @@ class Cli(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
-        subcommand = self.config.get("subcommand")
-        config = self.config[subcommand] if subcommand else self.config
+        config = self._given()
         check_seed(config.seed_everything)
-        if subcommand:
+        if subcommand := self.config.get("subcommand"):
             check_checkpoint(config.ckpt_path, _run_folder(config), subcommand)
             check_weights(config.model.weights, _run_folder(config) if subcommand == "fit" else None)
 
@@ -97,15 +96,20 @@ class Cli(LightningCLI):
         parser.link_arguments("data.vocab_size", "model.model.vocab_size", apply_on="instantiate")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
 
+    def _given(self) -> Any:
+        """The configuration of the subcommand; without one, all there is."""
+        subcommand = self.config.get("subcommand")
+        return self.config[subcommand] if subcommand else self.config
+
     def before_instantiate_classes(self) -> None:
-        settle_seeds(self.config[self.subcommand] if self.subcommand else self.config)
+        settle_seeds(self._given())
 
     def instantiate_classes(self) -> None:
         with blaming_config():
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config = self.config[self.subcommand] if self.subcommand else self.config
+        config = self._given()
         folder = _run_folder(config)
         kwargs = {**kwargs, "default_root_dir": str(folder)}
         if config.trainer.logger is None:
@@ -144,8 +148,10 @@ class Cli(LightningCLI):
         print_held_out(self.trainer, self.model, self.datamodule)
 
 
-def check_seed(seed: bool | int) -> None:
-    """Raises InputError for a number that Lightning's ``seed_everything`` does not take."""
+def check_seed(seed: bool | int | None) -> None:
+    """Raises InputError for a number that Lightning's ``seed_everything`` does not take, and for null."""
+    if seed is None:
+        raise InputError("seed_everything: null is no number; give one or leave the key out")
     if not 0 <= seed < SEEDS:
         raise InputError(f"seed_everything: {seed} must lie in 0..{SEEDS - 1}")
 

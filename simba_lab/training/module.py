@@ -104,7 +104,7 @@ class LanguageModeling(LightningModule):
                 "final_lr_share in [0, 1]"
             )
         self.pruned, self.learning_rate, self.weight_decay, self.betas = pruning, learning_rate, weight_decay, betas
-        self.warmup_steps, self.final_lr_share, self.init_seed = warmup_steps, final_lr_share, seed or 0
+        self.warmup_steps, self.final_lr_share = warmup_steps, final_lr_share
         plan = None
         if pruning is not None:
             criterion, schedule = (
@@ -114,7 +114,7 @@ class LanguageModeling(LightningModule):
                 model.n_layer, criterion, schedule, pruning.mean_keep, pruning.protect_recent, pruning.convolution
             )
             plan.schedule.counts(model.n_layer, pruning.n_context)
-        self.lm = LanguageModel(model, plan, backend, self.init_seed)
+        self.lm = LanguageModel(model, plan, backend, seed or 0)
         self.weights = weights
         self.started_from: dict[str, Any] | None = None
         # Told from shapes, which a strategy that divides the weights among processes changes.
